@@ -1,0 +1,1 @@
+"""DP-SGD on torch: capture, clipping, noise, sampling, accounting, ledger."""

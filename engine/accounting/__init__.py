@@ -1,0 +1,1 @@
+"""Privacy accounting over the dp-accounting library; never imports torch."""
