@@ -1,8 +1,7 @@
 """Slow, plain twins of what the engine computes: the ground truth of the tests.
 
 Everything here is written for reading: float64, one privacy unit at a time, Python integers for the cipher.
-Nothing here imports
-`synthward`, so that a mistake in the engine cannot be repeated by its oracle.
+Nothing here imports `synthward`, so that a mistake in the engine cannot be repeated by its oracle.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ def per_unit_gradients(module: nn.Module, unit_loss: UnitLoss, units: Sequence[o
     """The gradient of each unit's own loss, alone, in float64.
 
     `unit_loss(module, unit)` returns the scalar loss of one unit (all its rows and nobody else's). Returns
-    one float64 vector [P] per
-    unit: all trainable parameters, flattened in the order of `module.parameters()`; a parameter without
-    gradient counts as zeros.
+    one float64 vector [P] per unit: all trainable parameters, flattened in the order of
+    `module.parameters()`; a parameter without gradient counts as zeros.
     """
     twin = copy.deepcopy(module).double()
     trainable = [p for p in twin.parameters() if p.requires_grad]
@@ -155,8 +153,7 @@ def _quarter_round(state: list[int], a: int, b: int, c: int, d: int) -> None:
 
 def chacha20_block(key: bytes, tail: Sequence[int]) -> list[int]:
     """One block: 16 words. `tail` is the last row of the state: RFC 8439 puts (counter, nonce 0..2), the
-    original puts (counter low,
-    counter high, nonce 0, nonce 1)."""
+    original puts (counter low, counter high, nonce 0, nonce 1)."""
     start = [*_CONSTANTS, *struct.unpack("<8I", key), *tail]
     state = list(start)
     for _ in range(10):
