@@ -51,6 +51,7 @@ def test_the_root_never_leaves_by_printing_or_pickling():
     """repr, str and JSON hold no key; pickling and copying are refused (a copy would be a second use of a
     key)."""
     from synthward.engine import KeySchedule
+    from synthward.engine.errors import PrivacyError
 
     keys = KeySchedule.from_os()
     text = repr(keys) + str(keys)

@@ -107,7 +107,7 @@ def test_tiny_rates_are_not_rounded_up():
     assert sum(len(sampler.draw(step)) for step in range(20)) == 0
 
 
-@pytest.mark.parametrize(("count", "size"), itertools.product([0, 1, 7, 8, 9, 24], [1, 8]))
+@pytest.mark.parametrize(("count", "size"), list(itertools.product([0, 1, 7, 8, 9, 24], [1, 8])))
 def test_physical_batches_are_static_and_complete(count, size):
     from synthward.engine.sampling import physical_batches
 
