@@ -48,8 +48,7 @@ def test_the_key_id_is_not_key_material():
 
 
 def test_the_root_never_leaves_by_printing_or_pickling():
-    """repr, str and JSON hold no key; pickling and copying are refused (a copy would be a second use of a
-    key)."""
+    """repr, str and JSON hold no key; a pickle is refused or empty of it."""
     from synthward.engine import KeySchedule
     from synthward.engine.errors import PrivacyError
 
