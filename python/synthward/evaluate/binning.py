@@ -1,0 +1,115 @@
+"""Every column of a table as small integer codes, on a grid that never looks at the records.
+
+Numeric columns are cut into equal-width bins between the bounds that the schema declares, discrete columns
+keep their declared levels, and each column has one more code, the last, for a missing value. Because the
+grid comes from the schema alone, codes of two tables with one schema mean the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from synthward.engine.errors import DataError
+
+NUMERIC_BINS = 20
+"""Bins of a numeric column unless a caller asks for another number."""
+
+
+@dataclass(frozen=True)
+class BinnedTable:
+    """Codes of the modelled columns of one table.
+
+    Attributes:
+        names: column names, in the order of the schema.
+        cardinalities: number of codes per column, the missing code included.
+        codes: per column int64 [N] in ``0 .. cardinality - 1``; the last code means missing.
+        rows: N.
+    """
+
+    names: tuple[str, ...]
+    cardinalities: tuple[int, ...]
+    codes: tuple[np.ndarray, ...]
+    rows: int
+
+    def head(self, rows: int) -> BinnedTable:
+        """The first ``rows`` rows (all of them when there are fewer)."""
+        kept = min(rows, self.rows)
+        return BinnedTable(self.names, self.cardinalities, tuple(c[:kept] for c in self.codes), kept)
+
+
+def column_cardinality(column: Any, numeric_bins: int = NUMERIC_BINS) -> int:
+    """Number of codes of a column, the missing code included."""
+    return (len(column.levels) if column.is_discrete else numeric_bins) + 1
+
+
+def bin_column(column: Any, values: np.ndarray, numeric_bins: int = NUMERIC_BINS) -> np.ndarray:
+    """Codes of one column.
+
+    Args:
+        column: a schema column (``is_discrete``, ``levels``, ``min``, ``max``).
+        values: int32 level indices with -1 for missing, or float64 with NaN for missing, [N].
+        numeric_bins: equal-width bins between ``min`` and ``max``; the upper bound belongs to the last bin
+            and values outside the bounds to the bin at that end.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        DataError: a level index that the schema does not have.
+    """
+    if column.is_discrete:
+        codes = values.astype(np.int64)
+        levels = len(column.levels)
+        if codes.size and (codes.max() >= levels or codes.min() < -1):
+            raise DataError(
+                f"column {column.name!r}: a level index lies outside its {levels} declared levels"
+            )
+        codes[codes < 0] = levels
+        return codes
+    low, high = float(column.min), float(column.max)
+    width = (high - low) or 1.0
+    missing = np.isnan(values)
+    position = np.floor((np.where(missing, low, values) - low) / width * numeric_bins)
+    codes = np.clip(position, 0, numeric_bins - 1).astype(np.int64)
+    codes[missing] = numeric_bins
+    return codes
+
+
+def bin_records(records: Any, numeric_bins: int = NUMERIC_BINS) -> BinnedTable:
+    """Codes of all modelled columns of ``records``.
+
+    Raises:
+        DataError: no rows, or no modelled column.
+    """
+    columns = records.schema.modelled
+    if not columns:
+        raise DataError("nothing to compare: the schema models no column")
+    if records.num_rows == 0:
+        raise DataError("nothing to compare: the table has no rows")
+    return BinnedTable(
+        tuple(c.name for c in columns),
+        tuple(column_cardinality(c, numeric_bins) for c in columns),
+        tuple(bin_column(c, records.columns[c.name], numeric_bins) for c in columns),
+        records.num_rows,
+    )
+
+
+def code_labels(column: Any, numeric_bins: int = NUMERIC_BINS) -> list[str]:
+    """What each code of a column means, for axes and tables."""
+    if column.is_discrete:
+        return [*(str(level) for level in column.levels), "missing"]
+    edges = np.linspace(float(column.min), float(column.max), numeric_bins + 1)
+    if column.kind == "datetime":
+        texts = [_date_text(edge, column) for edge in edges]
+    else:
+        texts = [f"{edge:.4g}" for edge in edges]
+    return [*(f"{a} to {b}" for a, b in pairwise(texts)), "missing"]
+
+
+def _date_text(value: float, column: Any) -> str:
+    unit = "s" if getattr(column, "resolution", "day") == "second" else "D"
+    return str(np.datetime64(int(value), unit).astype("datetime64[D]"))
