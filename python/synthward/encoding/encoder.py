@@ -250,5 +250,9 @@ def _context_mass(per_unit: np.ndarray, noise_std: float, *, single: bool) -> tu
 
 
 def _finish_numeric(column: Column, values: np.ndarray, present: np.ndarray | None) -> np.ndarray:
-    values = np.clip(np.rint(values) if column.is_integral else values, column.min, column.max)
+    if column.is_integral:
+        values = np.rint(values)
+    elif column.decimals is not None:
+        values = np.round(values, column.decimals)
+    values = np.clip(values, column.min, column.max)
     return values if present is None else np.where(present, values, np.nan)

@@ -31,6 +31,8 @@ class Generator(ABC):
     """A table generator: a private network trained on records, and a sampler that never sees any."""
 
     name: ClassVar[str]
+    #: Whether `sample` draws the allowed tokens itself; else the caller rejects rows.
+    honours_conditions: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, token_mass: np.ndarray, settings: Any) -> None:
         self.layout = layout
@@ -84,6 +86,10 @@ class Generator(ABC):
     @abstractmethod
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` gave."""
+
+    def context_weights(self, allowed: dict[int, Tensor]) -> Tensor:
+        """Relative probability of the allowed tokens under each context, float [contexts]."""
+        return torch.ones(self.layout.contexts)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Learning rate of the private optimizer at a step: linear warm-up, then a cosine to a tenth."""

@@ -41,6 +41,7 @@ class DiffusionGenerator(Generator):
     """Mixed diffusion over an encoded table."""
 
     name: ClassVar[str] = "diffusion"
+    honours_conditions: ClassVar[bool] = True
     settings: DiffusionSettings
 
     def __init__(self, layout: Layout, token_mass: np.ndarray, settings: DiffusionSettings | None = None) -> None:
@@ -124,6 +125,24 @@ class DiffusionGenerator(Generator):
             if layout.continuous:
                 scores = _ancestral_step(scores, velocity, now, then, rng)
         return tokens, scores
+
+    @torch.no_grad()
+    def context_weights(self, allowed: dict[int, Tensor]) -> Tensor:
+        """Probability of the allowed tokens at the start of the path, where all columns are hidden."""
+        layout, contexts = self.layout, self.layout.contexts
+        weights = torch.ones(contexts)
+        if not allowed:
+            return weights
+        tokens = torch.zeros(contexts, layout.tokens, dtype=torch.int64)
+        hidden = torch.ones(contexts, layout.tokens, dtype=torch.bool)
+        scores = torch.zeros(contexts, layout.continuous)
+        inputs = self._inputs(tokens, hidden, scores, torch.ones(contexts, 1), torch.arange(contexts))
+        logits = self.averaged(inputs)[:, : layout.vocabulary] + self.logit_shift
+        share = (logits - self.log_normalizers(logits)[:, self.column_of_token]).exp()
+        for column, mask in allowed.items():
+            start = int(self.offsets[column])
+            weights = weights * (share[:, start : start + len(mask)] * mask).sum(1)
+        return weights.clamp(min=1e-12)
 
     def state(self, *, resume: bool) -> dict[str, Tensor]:
         tensors = {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}

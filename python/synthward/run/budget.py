@@ -1,0 +1,51 @@
+"""How a run's budget is divided, decided before any record is read.
+
+Every privacy parameter (sampling rate, steps, noise of the query and of the steps) is a function of the
+user's settings alone. Were one of them chosen from a noisy answer, the composition would be adaptive and
+the PLD accountant's sum would not be valid for it (Feldman & Zrnic 2021, section 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from synthward.engine.accounting import GaussianEvent, calibrate_noise, epsilon_of
+from synthward.engine.errors import ConfigError
+
+# Share of epsilon that the histogram query would cost by itself; composed with the steps it costs far less.
+QUERY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Privacy parameters of a run; ``query_noise_multiplier`` and ``noise_multiplier`` meet ``epsilon``."""
+
+    epsilon: float
+    delta: float
+    accountant: str
+    sample_rate: float
+    steps: int
+    query_noise_multiplier: float
+    noise_multiplier: float
+
+
+def plan_budget(epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int) -> Budget:
+    """Calibrate the query's noise to its share, then the steps' noise to what the whole may cost."""
+    if not 0.0 < epsilon < float("inf"):
+        raise ConfigError(f"epsilon: got {epsilon}; give a positive finite number, for example 3")
+    if not 0.0 < delta < 1.0:
+        raise ConfigError(f"delta: got {delta}; give a number between 0 and 1, well below 1 / patients")
+    if steps < 1:
+        raise ConfigError(f"steps: got {steps}; give a whole number of at least 1")
+    return _plan(float(epsilon), float(delta), accountant, float(sample_rate), int(steps))
+
+
+@lru_cache(maxsize=32)
+def _plan(epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int) -> Budget:
+    query = calibrate_noise(QUERY_SHARE * epsilon, delta, 1.0, 1, accountant)
+    event = GaussianEvent(noise_multiplier=query, count=1)
+    noise = calibrate_noise(epsilon, delta, sample_rate, steps, accountant, other_events=(event,))
+    if epsilon_of([event], delta, accountant) > epsilon:
+        raise ConfigError(f"epsilon: {epsilon} is too small for any query at delta {delta}")
+    return Budget(epsilon, delta, accountant, sample_rate, steps, query, noise)

@@ -1,0 +1,152 @@
+"""The private training loop: leases, logical steps, checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from synthward.data import Records
+from synthward.encoding import Encoded, TableEncoder
+from synthward.engine import KeySchedule, Ledger, PoissonSampler, PrivacyPlan, PrivateTrainer, physical_batches
+from synthward.engine.accounting import PoissonGaussianEvent, epsilon_curve
+from synthward.generators import Batch
+from synthward.progress import Progress
+from synthward.run.folder import CHECKPOINT_FILE, MODEL_FILE, RunFolder, draw_context
+
+# Steps paid for at once. A kill loses at most the steps of one lease: they stay charged and are not repeated.
+LEASE_STEPS = 50
+
+
+class Training:
+    """One process's part of a run: from the last checkpoint to the last step that the plan allows."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        encoder: TableEncoder,
+        records: Records,
+        plan: PrivacyPlan,
+        keys: KeySchedule,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.folder, self.encoder, self.plan, self.ledger, self.progress = folder, encoder, plan, ledger, progress
+        seed = folder.info["seed"]
+        self.rng = np.random.default_rng(seed)
+        self.torch_rng = torch.Generator()
+        self.torch_rng.manual_seed(int(self.rng.integers(2**62)))
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.generator = folder.new_generator(encoder)
+        self.data = _Tensors(encoder.encode(records, self.rng))
+        settings = self.generator.settings
+        optimizer = torch.optim.Adam(self.generator.private_module.parameters(), lr=settings.learning_rate)
+        self.trainer = PrivateTrainer(self.generator.private_module, optimizer, plan, keys=keys, ledger=ledger)
+        self.optimizer = optimizer
+        self.sampler = PoissonSampler(records.num_units, plan.sample_rate, keys.key("sampler"))
+        self.physical = _physical_batch_size(plan.expected_batch_size, folder.info["physical_batch_size"])
+
+    def run(self) -> None:
+        """Train until every step of the plan is charged, then write the model."""
+        step = self._restore()
+        spent = self._charged_steps()
+        # Steps that were charged but died with their process are not taken again: the budget is spent.
+        step = max(step, spent)
+        epsilons = self._epsilons()
+        task = self.progress.task("fit", self.plan.steps)
+        try:
+            task.advance(step, epsilon=epsilons(step))
+            while step < self.plan.steps:
+                step = self._lease(step, task, epsilons)
+        finally:
+            task.close()
+        self.generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
+        self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
+        (self.folder.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+    def _lease(self, first: int, task: object, epsilons: object) -> int:
+        """Pay for a run of steps, take them, keep a checkpoint; returns the step after them."""
+        count = min(LEASE_STEPS, self.plan.steps - first)
+        event = PoissonGaussianEvent(
+            sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier, steps=1
+        )
+        self.ledger.lease(event, first, count)
+        for step in range(first, first + count):
+            self._step(step)
+            task.advance(1, epsilon=epsilons(step + 1))
+        self._checkpoint(first + count)
+        self.ledger.close_lease(count)
+        return first + count
+
+    def _step(self, step: int) -> None:
+        rate = self.generator.learning_rate(step, self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for units in physical_batches(self.sampler.draw(step), self.physical):
+            batch, mask = self.data.batch(units, self.generator.records_per_unit, self.torch_rng)
+            with self.trainer.capture():
+                losses = self.generator.unit_losses(batch, self.torch_rng)
+            self.trainer.backward(losses, rows_per_unit=self.generator.rows_per_unit, unit_mask=mask)
+        self.trainer.apply()
+        self.generator.after_step(step, self.plan.steps, self.torch_rng)
+
+    def _checkpoint(self, step: int) -> None:
+        tensors = {f"generator.{k}": v for k, v in self.generator.state(resume=True).items()}
+        tensors |= {f"trainer.{k}": v for k, v in self.trainer.state_dict().items()}
+        tensors["step"] = torch.tensor(step)
+        self.folder.save_tensors(CHECKPOINT_FILE, tensors)
+
+    def _restore(self) -> int:
+        if not (self.folder.path / CHECKPOINT_FILE).is_file():
+            return 0
+        tensors = self.folder.load_tensors(CHECKPOINT_FILE)
+        parts: dict[str, dict[str, torch.Tensor]] = {"generator": {}, "trainer": {}}
+        for key, value in tensors.items():
+            if key != "step":
+                part, name = key.split(".", 1)
+                parts[part][name] = value
+        self.generator.load_state(parts["generator"])
+        self.trainer.load_state_dict(parts["trainer"])
+        return int(tensors["step"])
+
+    def _charged_steps(self) -> int:
+        return sum(e.steps for e in self.ledger.events() if isinstance(e, PoissonGaussianEvent))
+
+    def _epsilons(self) -> object:
+        """Epsilon after a number of steps, for display: interpolated between a few accounted points."""
+        info = self.folder.info
+        others = [e for e in self.ledger.events() if not isinstance(e, PoissonGaussianEvent)]
+        planned = PoissonGaussianEvent(
+            sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier, steps=self.plan.steps
+        )
+        curve = epsilon_curve([*others, planned], info["delta"], 12, info["accountant"])
+        steps, values = zip(*curve, strict=True)
+        return lambda step: float(np.interp(step, steps, values))
+
+
+class _Tensors:
+    """Encoded records as tensors, and batches of them: whole units, records drawn inside each."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.tokens = torch.from_numpy(encoded.tokens)
+        self.scores = torch.from_numpy(encoded.scores)
+        self.context = torch.from_numpy(encoded.context)
+        self.offsets = torch.from_numpy(encoded.unit_offsets)
+
+    def batch(self, units: np.ndarray, draws: int, rng: torch.Generator) -> tuple[Batch, torch.Tensor]:
+        """Rows of ``draws`` records per unit, and which units are real; padding (-1) repeats the first unit."""
+        index = torch.from_numpy(units)
+        mask = index >= 0
+        index = index.clamp(min=0)
+        first, last = self.offsets[index], self.offsets[index + 1]
+        pick = torch.rand(len(index), draws, generator=rng, dtype=torch.float64) * (last - first).unsqueeze(1)
+        rows = (first.unsqueeze(1) + pick.long()).flatten()
+        return Batch(self.tokens[rows], self.scores[rows], self.context[rows]), mask
+
+
+def _physical_batch_size(expected: float, largest: int) -> int:
+    """Static number of units per physical batch: most draws fit in as few batches as memory allows."""
+    reach = expected + 2.5 * math.sqrt(expected) + 1.0
+    return math.ceil(reach / math.ceil(reach / largest))
