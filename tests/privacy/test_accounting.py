@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_epsilon_grows_with_every_step_and_starts_at_nothing():
         run_loop(private, 1)
         spent.append(private[0].get_epsilon(delta=DELTA))
     assert spent[0] == 0.0
-    assert all(a < b for a, b in zip(spent, spent[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(spent))
 
 
 def test_empty_draws_count_and_are_noised():
