@@ -21,6 +21,8 @@ from tests.tinydata import SCHEMA, table, write_csv, write_tiny
 
 SIZES = ((211, 307), (223, 331), (239, 353))  # patients, rows: numbers that nothing else has reason to show
 
+TEXTS = (".json", ".jsonl", ".toml", ".txt", ".log", ".md", ".html", ".csv")
+
 
 @pytest.fixture(scope="module", params=["diffusion", "gan"])
 def runs(request, tmp_path_factory):
@@ -155,19 +157,6 @@ def test_no_exact_count_stands_in_any_text(runs):
         assert not telling, f"{name} is told by {sorted(telling)}"
 
 
-def is_text(path: Path) -> bool:
-    return path.is_file() and path.suffix in (
-        ".json",
-        ".jsonl",
-        ".toml",
-        ".txt",
-        ".log",
-        ".md",
-        ".html",
-        ".csv",
-    )
-
-
 def test_no_patient_is_named_in_any_file(runs):
     for folder, counts in runs:
         for path in (p for p in folder.rglob("*") if p.is_file()):
@@ -288,6 +277,7 @@ def test_one_patient_moves_each_charged_query_by_at_most_its_sensitivity(
     first, plans = recorded_fit(tmp_path / "with", others + extra, generator, monkeypatch)
     second, plans_without = recorded_fit(tmp_path / "without", others, generator, monkeypatch, first.given)
     assert len(first.questions) == len(second.questions) > 0
+    total = 0.0
     for (values, settings), (other, other_settings) in zip(first.questions, second.questions, strict=True):
         assert settings == other_settings
         assert values.shape == other.shape
