@@ -79,6 +79,8 @@ def assert_one_line_error(outcome: Outcome, *mentions: str) -> str:
     for mention in mentions:
         assert mention.lower() in lines[0].lower(), f"{mention!r} is not in {lines[0]!r}"
     assert len(lines[0]) < 600
+    for inside in ("np.", "object at 0x", "<class"):
+        assert inside not in lines[0], f"the message shows the inside of the program: {lines[0]!r}"
     return lines[0]
 
 

@@ -147,13 +147,13 @@ def works(desk, **settings):
 
 @pytest.mark.parametrize("generator", ["diffusion", "gan"])
 def test_constant_columns_work(desk, generator):
-    """A number, a category and a missing column that never change; the bounds of one are a single point."""
-    rows = [r | {"age": "44", "sex": "F", "weight": ""} for r in table()]
-    write_csv(desk.data, rows)
-    schema = SCHEMA.replace("min = 0\nmax = 100", "min = 44\nmax = 44")
-    desk.schema.write_text(schema)
+    """A number, a category and a missing column that never change, and a column that has but one category."""
+    rows = [r | {"age": "44", "sex": "F", "weight": "", "site": "north"} for r in table()]
+    write_csv(desk.data, rows, (*COLUMNS, "site"))
+    block = '\n[columns.site]\nkind = "categorical"\ncategories = ["north"]\n'
+    desk.schema.write_text(SCHEMA.replace("\n[[constraints]]", block + "\n[[constraints]]", 1))
     cohort = works(desk, generator=generator)
-    assert {row["age"] for row in cohort} == {"44"}
+    assert {row["site"] for row in cohort} == {"north"}
 
 
 @pytest.mark.parametrize("generator", ["diffusion", "gan"])
@@ -174,6 +174,12 @@ def test_values_beyond_the_bounds_are_clipped_not_refused(desk):
     write_csv(desk.data, rows)
     cohort = works(desk)
     assert all(0 <= int(row["age"]) <= 100 for row in cohort)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(desk):
+    """Spreadsheets write one."""
+    desk.data.write_bytes(b"\xef\xbb\xbf" + desk.data.read_bytes())
+    works(desk)
 
 
 def test_two_columns_are_enough(desk):
