@@ -61,9 +61,9 @@ def _category_set() -> frozenset[str]:
 def category_of(code: str) -> str | None:
     """The category of a code, or None where the text is not an ICD-9 code of the vocabulary.
 
-    With a dot, what stands before it is the category, padded with zeros ("8.5" is 008.5). Without one, up to three
-    digits (two after V) are a category, padded ("8" is 008), and more digits are a full code written without its dot
-    ("25083" is 250.83). Case and surrounding blanks do not matter.
+    With a dot, what stands before it is the category, padded with zeros ("8.5" is 008.5). Without one, up to
+    three digits (two after V) are a category, padded ("8" is 008), and more digits are a full code written
+    without its dot ("25083" is 250.83). Case and surrounding blanks do not matter.
     """
     match = _CODE.fullmatch(code.strip().upper())
     if match is None:

@@ -17,7 +17,8 @@ def arrow_schema(schema: Schema) -> pa.Schema:
 
 
 def arrow_type(column: Column) -> pa.DataType:
-    """int64, float64, date32, timestamp[ms], bool (a boolean without declared categories), else dictionary text."""
+    """int64, float64, date32, timestamp[ms], bool (a boolean without declared categories), else dictionary
+    text."""
     if column.kind == "integer":
         return pa.int64()
     if column.kind == "continuous":
@@ -36,8 +37,9 @@ def _is_plain_boolean(column: Column) -> bool:
 def to_arrow(schema: Schema, columns: dict[str, np.ndarray]) -> pa.RecordBatch:
     """One batch from columns as `Records` holds them (level indices with -1, floats with NaN).
 
-    Whole-number columns are rounded to the nearest integer. Raises DataError where a column is absent, a level index
-    is out of range, a number is infinite, or a value is missing in a column that may not be missing.
+    Whole-number columns are rounded to the nearest integer. Raises DataError where a column is absent, a
+    level index is out of range, a number is infinite, or a value is missing in a column that may not be
+    missing.
     """
     fields = arrow_schema(schema)
     lengths = {len(columns[column.name]) for column in schema.modelled if column.name in columns}

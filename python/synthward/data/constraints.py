@@ -1,13 +1,13 @@
 """Bounds, rounding and declared constraints: counted on records, enforced on sampled rows.
 
 How a row is repaired. First every number is clipped to its bounds and rounded to what its column holds (whole
-numbers, declared decimals). Then the constraints are applied in the order declared, again and again until nothing
-changes:
+numbers, declared decimals). Then the constraints are applied in the order declared, again and again until
+nothing changes:
 
 - `implies`: where the condition holds, the other column is set to the implied value.
-- `le`: where the left value is too large, it gives way to the right one (is lowered to it, or just under it when
-  strict); in every second round the right value gives way instead, so that a left value which another constraint
-  fixes stays. A side that its bounds keep from giving way makes the other side move.
+- `le`: where the left value is too large, it gives way to the right one (is lowered to it, or just under it
+  when strict); in every second round the right value gives way instead, so that a left value which another
+  constraint fixes stays. A side that its bounds keep from giving way makes the other side move.
 
 A missing value satisfies every comparison.
 """
@@ -34,8 +34,9 @@ def check_constraints(schema: Schema, columns: dict[str, np.ndarray]) -> dict[st
 def enforce_constraints(schema: Schema, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Brings every row within bounds, rounding and constraints; `columns` is changed and returned.
 
-    Arrays are as `Records` holds them. Level indices are not changed but by constraints. Raises DataError where
-    the constraints cannot be met together in some row (a contradiction that only some combinations of values show).
+    Arrays are as `Records` holds them. Level indices are not changed but by constraints. Raises DataError
+    where the constraints cannot be met together in some row (a contradiction that only some combinations of
+    values show).
     """
     for column in schema.modelled:
         values = columns[column.name]
@@ -117,7 +118,8 @@ def _repair_le(
     gap = le_gap(left, right, constraint.strict)
     left_values = columns[left.name][rows].astype(np.float64)
     right_values = columns[right.name][rows].astype(np.float64)
-    # The side that gives way moves as far as its bounds let it; the other one moves only for what is left to do.
+    # The side that gives way moves as far as its bounds let it; the other one moves only for what is left to
+    # do.
     if gives_way == "left":
         left_values = np.minimum(
             left_values, _on_grid(left, right_values - gap, up=False, strict=constraint.strict)
@@ -145,7 +147,8 @@ def _on_grid(column: Column, values: np.ndarray, *, up: bool, strict: bool) -> n
     elif grid > 0:
         assert column.decimals is not None
         rounded = np.round(values, column.decimals)
-        # A strict gap is a whole step, so a rounding error of the sum or difference need not cost another one.
+        # A strict gap is a whole step, so a rounding error of the sum or difference need not cost another
+        # one.
         slack = grid * 1e-6 if strict else 0.0
         behind = rounded < values - slack if up else rounded > values + slack
         values = np.where(behind, np.round(rounded + (grid if up else -grid), column.decimals), rounded)

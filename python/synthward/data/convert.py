@@ -37,7 +37,8 @@ class ColumnConverter:
         self.column = column
         self.source = source
         self.counts = Counts()
-        self._tokens = pa.array(sorted({"", *schema.missing_values}), pa.string())
+        self._texts = frozenset({"", *schema.missing_values})
+        self._tokens = pa.array(sorted(self._texts), pa.string())
         numbers = [_number(token) for token in schema.missing_values]
         self._number_tokens = [number for number in numbers if number is not None]
         self._known: dict[str, tuple[int, bool]] = {}  # text -> (level or -1, whether it fell into `other`)
@@ -67,8 +68,6 @@ class ColumnConverter:
 
     def _error(self, row: int, message: str) -> DataError:
         return DataError(f"{self.source}: column '{self.column.name}', row {row}: {message}")
-
-    # -- discrete ---------------------------------------------------------------------------------------------
 
     def _discrete(self, values: pa.Array, first_row: int) -> np.ndarray:
         if not pa.types.is_dictionary(values.type):
@@ -126,7 +125,7 @@ class ColumnConverter:
         for form in (text, text.strip()):
             if form in column.level_index:
                 return column.level_index[form], False
-            if form == "" or form in self._tokens.to_pylist():
+            if form in self._texts:
                 return -1, False
         text = text.strip()
         if column.kind == "boolean" and column.categories is None:
@@ -157,8 +156,6 @@ class ColumnConverter:
             row, f'{short(text)} is not a declared category: add it to categories, or declare other = "..."'
         )
 
-    # -- numbers ----------------------------------------------------------------------------------------------
-
     def _number(self, values: pa.Array, first_row: int) -> np.ndarray:
         kind = values.type
         if pa.types.is_string(kind):
@@ -176,7 +173,7 @@ class ColumnConverter:
             at = int(np.argmax(bad))
             raise self._error(
                 first_row + at,
-                f"is {out[at]}, not a finite number: correct it, or list it in missing_values if it means missing",
+                f"is {out[at]}, not a finite number: correct it, or add it to missing_values",
             )
         out[absent] = np.nan
         if self.column.is_integral:
@@ -223,8 +220,6 @@ class ColumnConverter:
             f"{self.source}: column '{self.column.name}': has type {kind}, "
             f"which cannot be read as kind '{self.column.kind}'"
         )
-
-    # -- datetimes --------------------------------------------------------------------------------------------
 
     def _datetime(self, values: pa.Array, first_row: int) -> np.ndarray:
         kind = values.type

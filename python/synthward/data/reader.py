@@ -33,7 +33,8 @@ def read_records(
 
     Raises:
         DataError: one line naming file, column and row (the first data row is 1): a column missing or not
-            declared, a wrong type, an unknown category, a missing value or id that may not be, NaN or Inf, no rows.
+            declared, a wrong type, an unknown category, a missing value or id that may not be, NaN or Inf, no
+            rows.
     """
     source = Source(path)
     _check_names(source, schema)
@@ -96,7 +97,7 @@ class _Reader:
         if pc.any(absent).as_py():
             row = first_row + pc.index(absent, True).as_py()
             raise DataError(
-                f"{self._source}: column '{self.schema.unit}', row {row}: the id of the privacy unit is missing"
+                f"{self._source}: column '{self.schema.unit}', row {row}: the privacy unit's id is missing"
             )
         return keys
 
@@ -118,6 +119,7 @@ class _Reader:
             other={name: count.other for name, count in counts.items()},
             missing={name: count.missing for name, count in counts.items()},
             violations=check_constraints(self.schema, columns),
+            source=self._source,
         )
         return Records(self.schema, columns, offsets, keys, report)
 

@@ -20,6 +20,7 @@ class IngestReport:
     other: dict[str, int] = field(default_factory=dict)  # values put into the declared `other` category
     missing: dict[str, int] = field(default_factory=dict)
     violations: dict[str, int] = field(default_factory=dict)  # rows that break each declared constraint
+    source: str = "records"  # what errors call the file
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Records:
 
     Attributes:
         schema: the declared schema.
-        columns: one array [N] for each modelled column, in schema order. Discrete: int32 level index, -1 where
-            missing. Numeric and datetime: float64, NaN where missing.
+        columns: one array [N] for each modelled column, in schema order. Discrete: int32 level index, -1
+            where missing. Numeric and datetime: float64, NaN where missing.
         unit_offsets: int64 [U + 1]; unit u owns rows unit_offsets[u] : unit_offsets[u + 1].
         unit_keys: [U]; the unit column's text, or, where the schema names no unit and every row is its own, a
             uint64 digest of the row's content.
@@ -57,7 +58,8 @@ class Records:
         return np.repeat(np.arange(self.num_units, dtype=np.int64), np.diff(self.unit_offsets))
 
     def select_units(self, mask: np.ndarray) -> Records:
-        """The records of the units where `mask` (bool [U]) is true. The report is that of the whole reading."""
+        """The records of the units where `mask` (bool [U]) is true. The report is that of the whole
+        reading."""
         mask = np.asarray(mask)
         if mask.dtype != np.bool_ or mask.shape != (self.num_units,):
             raise ValueError(f"mask must be bool [{self.num_units}], got {mask.dtype} {list(mask.shape)}")
@@ -71,9 +73,9 @@ class Records:
 def split_records(records: Records, *, holdout_fraction: float, salt: str) -> tuple[Records, Records]:
     """Splits units into (train, holdout) by a keyed hash of each unit's key.
 
-    A unit's side depends on its own key and the salt alone, never on the other units, so that adding or removing a
-    unit moves no other one: the split costs nothing in privacy. Where rows are their own units the key is a digest of
-    the row's content, for the same reason; equal rows fall on the same side.
+    A unit's side depends on its own key and the salt alone, never on the other units, so that adding or
+    removing a unit moves no other one: the split costs nothing in privacy. Where rows are their own units the
+    key is a digest of the row's content, for the same reason; equal rows fall on the same side.
 
     Raises DataError where one side would be empty; holdout_fraction 0 gives an empty holdout.
     """
@@ -83,7 +85,7 @@ def split_records(records: Records, *, holdout_fraction: float, salt: str) -> tu
     holdout = _salted_hash(records.unit_keys, salt) < np.uint64(threshold)
     if holdout_fraction > 0 and (holdout.all() or not holdout.any()):
         raise DataError(
-            f"holding out {holdout_fraction:g} of {records.num_units} privacy unit(s) leaves one side empty: "
+            f"{records.report.source}: holding out {holdout_fraction:g} of {records.num_units} privacy unit(s) leaves one side empty: "
             "give more records, or hold out none"
         )
     return records.select_units(~holdout), records.select_units(holdout)

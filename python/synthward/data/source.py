@@ -1,4 +1,5 @@
-"""CSV and Parquet files as a stream of Arrow batches, with one clear line for whatever is wrong with the file."""
+"""CSV and Parquet files as a stream of Arrow batches, with one clear line for whatever is wrong with the
+file."""
 
 from __future__ import annotations
 
@@ -47,8 +48,6 @@ class Source:
         """Batches of the named columns, in that order. Raises DataError for a broken file."""
         return self._csv_batches(names) if self._is_csv else self._parquet_batches(names)
 
-    # -- CSV --------------------------------------------------------------------------------------------------
-
     def _csv_names(self) -> list[str]:
         with self._open_csv(None) as reader:
             return list(reader.schema.names)
@@ -94,7 +93,7 @@ class Source:
             # The parser counts the header as row 1.
             where = f"row {row.number - 1}: " if row.number else ""
             return DataError(
-                f"{self.path}: {where}has {row.actual_columns} cells where the header has {row.expected_columns}"
+                f"{self.path}: {where}has {row.actual_columns} cells, the header has {row.expected_columns}"
             )
         if "Empty CSV file" in text:
             return DataError(f"{self.path}: the file is empty")
@@ -107,8 +106,6 @@ class Source:
                 f"{self.path}: a row is longer than {_BLOCK_BYTES >> 20} MB: is a quote left open?"
             )
         return DataError(f"{self.path}: cannot read the CSV file: {text[:160]}")
-
-    # -- Parquet ----------------------------------------------------------------------------------------------
 
     def _parquet_names(self) -> list[str]:
         names: list[str] | None = None

@@ -1,4 +1,5 @@
-"""Checks that reach across columns: unit, label, missing values and constraints, contradictions among them included."""
+"""Checks that reach across columns: unit, label, missing values and constraints, contradictions among them
+included."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def check_schema(schema: Schema) -> None:
         for level in (column.categories or ()) if column.is_discrete else ():
             if level in schema.missing_values:
                 raise ValueError(
-                    f"column '{column.name}': category {level!r} is also in missing_values: remove it from one"
+                    f"column '{column.name}': {level!r} is a category and in missing_values: choose one"
                 )
     _check_constraints(schema)
 
@@ -107,7 +108,8 @@ def _check_le(schema: Schema, constraint: LeConstraint) -> None:
 
 
 def condition_value(schema: Schema, condition: Condition) -> Value:
-    """The level index or number that a condition names, None for missing. Raises ValueError where it cannot be."""
+    """The level index or number that a condition names, None for missing. Raises ValueError where it cannot
+    be."""
     column = _modelled(schema, condition.column)
     if condition.missing:
         if not column.missing:
@@ -152,7 +154,8 @@ def le_gap(left: Column, right: Column, strict: bool) -> float:
     """The least difference right - left that a comparison asks for."""
     if not strict:
         return 0.0
-    # The coarser grid's step can be met exactly by both; without any grid, a gap too small to matter but not zero.
+    # The coarser grid's step can be met exactly by both; without any grid, a gap too small to matter but not
+    # zero.
     step = max(grid_of(left), grid_of(right))
     low, high = bounds_of(right)
     return step if step > 0 else max((high - low) * 1e-9, 4 * math.ulp(max(abs(low), abs(high))))
@@ -161,9 +164,9 @@ def le_gap(left: Column, right: Column, strict: bool) -> float:
 def _check_contradictions(schema: Schema) -> None:
     """Refuses constraints that pull one row two ways.
 
-    Each rule has a single condition, so what a row must hold is the union of what its conditions imply one by one:
-    looking at every pair of conditions finds every conflict between implied values, `le` chains between two of
-    them included.
+    Each rule has a single condition, so what a row must hold is the union of what its conditions imply one by
+    one: looking at every pair of conditions finds every conflict between implied values, `le` chains between
+    two of them included.
     """
     fault = _le_conflict(schema, {})
     if fault is not None:
@@ -207,7 +210,8 @@ def _propagate(schema: Schema, rules: list[ImpliesConstraint], known: dict[str, 
 
 
 def _le_conflict(schema: Schema, known: dict[str, Value]) -> str | None:
-    """Whether the `le` chains leave some column no value, given the known ones; missing values break a chain."""
+    """Whether the `le` chains leave some column no value, given the known ones; missing values break a
+    chain."""
     comparisons = [
         constraint
         for constraint in schema.constraints
@@ -231,7 +235,8 @@ def _le_conflict(schema: Schema, known: dict[str, Value]) -> str | None:
             low[right] = max(low[right], low[left] + gap)
             high[left] = min(high[left], high[right] - gap)
     if changed:
-        # Bounds that still move after as many rounds as there are columns move for ever: a cycle of strict orders.
+        # Bounds that still move after as many rounds as there are columns move for ever: a cycle of strict
+        # orders.
         return "the strict comparisons form a circle"
     for name in low:
         if low[name] > high[name]:

@@ -38,8 +38,9 @@ _TIME_DIRECTIVES = ("%H", "%I", "%M", "%S", "%T", "%R", "%X", "%c", "%s")
 class Column(BaseModel):
     """A column as declared. Frozen; built by `load_schema`, which turns every fault into one clear line.
 
-    Values of a discrete column are held as level indices (int32, -1 for missing), those of a numeric column or a
-    datetime as float64 (NaN for missing; a datetime counts days or seconds since 1970-01-01, by `resolution`).
+    Values of a discrete column are held as level indices (int32, -1 for missing), those of a numeric column
+    or a datetime as float64 (NaN for missing; a datetime counts days or seconds since 1970-01-01, by
+    `resolution`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -178,7 +179,8 @@ class Column(BaseModel):
 
     @cached_property
     def level_groups(self) -> np.ndarray | None:
-        """int64 [levels]: public group of each level (ICD-9 chapter; `other` is a group of its own), or None."""
+        """int64 [levels]: public group of each level (ICD-9 chapter; `other` is a group of its own), or
+        None."""
         if self.system != "icd9" or self.level != "category" or self.exclude:
             return None
         groups = [icd9.chapter_of(value) for value in icd9.categories()]

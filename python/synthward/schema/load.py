@@ -1,4 +1,5 @@
-"""Reads a schema file; every fault becomes one line that names the file, the column, the fault and its cure."""
+"""Reads a schema file; every fault becomes one line that names the file, the column, the fault and its
+cure."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -64,7 +64,7 @@ class ImpliesConstraint(BaseModel):
         return f"{self.when} -> {self.then}"
 
 
-Constraint = LeConstraint | ImpliesConstraint
+Constraint = Annotated[LeConstraint | ImpliesConstraint, Field(discriminator="kind")]
 
 
 class Schema(BaseModel):
@@ -82,7 +82,7 @@ class Schema(BaseModel):
     label_positive: str | None = None
     missing_values: tuple[str, ...] = ("",)
     columns: dict[str, Column]
-    constraints: tuple[LeConstraint | ImpliesConstraint, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Schema:
@@ -101,6 +101,15 @@ class Schema(BaseModel):
         from synthward.schema.load import schema_from_dict
 
         return schema_from_dict(self.to_dict() | {"unit": unit}, source=self.name)
+
+    def cohort(self) -> Schema:
+        """The schema of a synthetic cohort: the modelled columns alone, every row its own unit."""
+        values = self.to_dict() | {"unit": None}
+        names = {column.name for column in self.modelled}
+        values["columns"] = {name: value for name, value in values["columns"].items() if name in names}
+        from synthward.schema.load import schema_from_dict
+
+        return schema_from_dict(values, source=self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """The schema as plain TOML values, in canonical order; `schema_from_dict` reads it back."""
