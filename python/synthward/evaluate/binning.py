@@ -35,15 +35,29 @@ class BinnedTable:
     codes: tuple[np.ndarray, ...]
     rows: int
 
-    def head(self, rows: int) -> BinnedTable:
-        """The first ``rows`` rows (all of them when there are fewer)."""
-        kept = min(rows, self.rows)
-        return BinnedTable(self.names, self.cardinalities, tuple(c[:kept] for c in self.codes), kept)
+    def sample(self, rows: int, seed: int = 0) -> BinnedTable:
+        """``rows`` rows drawn without replacement (all of them when there are not more)."""
+        if rows >= self.rows:
+            return self
+        kept = np.sort(np.random.default_rng(seed).choice(self.rows, size=rows, replace=False))
+        return BinnedTable(self.names, self.cardinalities, tuple(c[kept] for c in self.codes), rows)
 
 
 def column_cardinality(column: Any, numeric_bins: int = NUMERIC_BINS) -> int:
     """Number of codes of a column, the missing code included."""
-    return (len(column.levels) if column.is_discrete else numeric_bins) + 1
+    return (len(column.levels) if column.is_discrete else _grid(column, numeric_bins)[2]) + 1
+
+
+def _grid(column: Any, numeric_bins: int) -> tuple[float, float, int]:
+    """Lower end, upper end and number of bins of a numeric column.
+
+    Whole numbers that take no more values than there are bins get one bin each, which separates the same
+    values as the finer grid would and can be read.
+    """
+    low, high = float(column.min), float(column.max)
+    if column.is_integral and high - low + 1 <= numeric_bins:
+        return low - 0.5, high + 0.5, int(high - low) + 1
+    return low, high, numeric_bins
 
 
 def bin_column(column: Any, values: np.ndarray, numeric_bins: int = NUMERIC_BINS) -> np.ndarray:
@@ -52,7 +66,7 @@ def bin_column(column: Any, values: np.ndarray, numeric_bins: int = NUMERIC_BINS
     Args:
         column: a schema column (``is_discrete``, ``levels``, ``min``, ``max``).
         values: int32 level indices with -1 for missing, or float64 with NaN for missing, [N].
-        numeric_bins: equal-width bins between ``min`` and ``max``; the upper bound belongs to the last bin
+        numeric_bins: equal-width bins between ``min`` and ``max`` (fewer for whole numbers of fewer values); the upper bound belongs to the last bin
             and values outside the bounds to the bin at that end.
 
     Returns:
@@ -70,12 +84,12 @@ def bin_column(column: Any, values: np.ndarray, numeric_bins: int = NUMERIC_BINS
             )
         codes[codes < 0] = levels
         return codes
-    low, high = float(column.min), float(column.max)
+    low, high, bins = _grid(column, numeric_bins)
     width = (high - low) or 1.0
     missing = np.isnan(values)
-    position = np.floor((np.where(missing, low, values) - low) / width * numeric_bins)
-    codes = np.clip(position, 0, numeric_bins - 1).astype(np.int64)
-    codes[missing] = numeric_bins
+    position = np.floor((np.where(missing, low, values) - low) / width * bins)
+    codes = np.clip(position, 0, bins - 1).astype(np.int64)
+    codes[missing] = bins
     return codes
 
 
@@ -102,11 +116,15 @@ def code_labels(column: Any, numeric_bins: int = NUMERIC_BINS) -> list[str]:
     """What each code of a column means, for axes and tables."""
     if column.is_discrete:
         return [*(str(level) for level in column.levels), "missing"]
-    edges = np.linspace(float(column.min), float(column.max), numeric_bins + 1)
+    low, high, bins = _grid(column, numeric_bins)
+    single = low < float(column.min)
+    edges = low + 0.5 + np.arange(bins) if single else np.linspace(low, high, bins + 1)
     if column.kind == "datetime":
         texts = [_date_text(edge, column) for edge in edges]
     else:
         texts = [f"{edge:.4g}" for edge in edges]
+    if single:
+        return [*texts, "missing"]
     return [*(f"{a} to {b}" for a, b in pairwise(texts)), "missing"]
 
 

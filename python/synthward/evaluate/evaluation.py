@@ -82,7 +82,7 @@ def evaluate_records(
     report("marginals", 0.0)
     seen, made = bin_records(train, numeric_bins), bin_records(synthetic, numeric_bins)
     fresh = None if holdout is None else bin_records(holdout, numeric_bins)
-    others = [made] if fresh is None else [made, fresh, made.head(fresh.rows)]
+    others = [made] if fresh is None else [made, fresh, made.sample(fresh.rows, seed)]
     chosen = choose_pairs(len(seen.names), seed)
     if len(seen.names) * (len(seen.names) - 1) // 2 > MAX_PAIRS:
         skipped["some pairs"] = f"a random {MAX_PAIRS} of all pairs of columns were measured"
@@ -127,7 +127,7 @@ def evaluate_records(
         privacy=dict(privacy),
         settings=dict(settings),
         epsilon_curve=tuple((int(step), float(epsilon)) for step, epsilon in epsilon_curve),
-        public_marginals=_public_marginals(schema, made, numeric_bins),
+        public_marginals=_public_marginals(schema, made, numeric_bins, seed),
         comparison=comparison,
         skipped=skipped,
         numeric_bins=numeric_bins,
@@ -163,10 +163,12 @@ def _marginals(
     )
 
 
-def _public_marginals(schema: Any, made: BinnedTable, numeric_bins: int) -> tuple[PublicMarginal, ...]:
+def _public_marginals(
+    schema: Any, made: BinnedTable, numeric_bins: int, seed: int
+) -> tuple[PublicMarginal, ...]:
     if made.rows < RELEASABLE_ROWS:
         return ()
-    part = made.head(RELEASABLE_ROWS)
+    part = made.sample(RELEASABLE_ROWS, seed)
     return tuple(
         PublicMarginal(
             column.name,
@@ -232,12 +234,21 @@ def _dependence(table: BinnedTable, i: int, j: int) -> float:
 
 
 def _ingest(train: Any, holdout: Any | None, synthetic: Any) -> dict[str, dict[str, Any]]:
-    tables = {"train": train, "holdout": holdout, "synthetic": synthetic}
-    found: dict[str, dict[str, Any]] = {}
-    for name, records in tables.items():
+    """What reading did, per file: parts of one file share its report and are named together."""
+    reports: list[tuple[list[str], Any]] = []
+    for name, records in (("train", train), ("held-out", holdout), ("synthetic", synthetic)):
         report = getattr(records, "report", None)
-        if report is not None:
-            found[name] = {"rows": int(report.rows)}
-            for part in ("clipped", "other", "missing", "violations"):
-                found[name][part] = {k: int(v) for k, v in getattr(report, part, {}).items()}
+        if report is None:
+            continue
+        shared = [names for names, known in reports if known is report or known == report]
+        if shared:
+            shared[0].append(name)
+        else:
+            reports.append(([name], report))
+    found: dict[str, dict[str, Any]] = {}
+    for names, report in reports:
+        entry: dict[str, Any] = {"rows": int(report.rows)}
+        for part in ("clipped", "other", "missing", "violations"):
+            entry[part] = {k: int(v) for k, v in getattr(report, part, {}).items()}
+        found[" and ".join(names)] = entry
     return found

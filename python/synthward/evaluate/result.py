@@ -15,8 +15,8 @@ from synthward.evaluate.marginals import PairTV
 from synthward.evaluate.utility import Utility
 
 RELEASABLE_ROWS = 5000
-"""Figures of the synthetic table that may be released use exactly this many of its first rows, so that they
-do not tell how many rows it has (often as many as there were training rows, and that number is private)."""
+"""Figures of the synthetic table that may be released use exactly this many of its rows, drawn at random, so
+that they do not tell how many rows it has: often as many as there were training rows, and that number is private."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class PublicMarginal:
-    """Shares of one column's codes in the first ``RELEASABLE_ROWS`` synthetic rows; uses no real record."""
+    """Shares of one column's codes in ``RELEASABLE_ROWS`` of the synthetic rows; uses no real record."""
 
     column: str
     kind: str

@@ -84,9 +84,10 @@ def write_statement(result: EvaluationResult) -> Statement:
             (),
             (),
         )
+    name = "" if noun == "row" else f" ({result.privacy['unit']})"
     spent = f"({format_epsilon(result.epsilon)}, {format_delta(result.delta)})"
     return Statement(
-        f"The training run is {spent}-differentially private for every {noun}.",
+        f"The training run is {spent}-differentially private for every {noun}{name}.",
         _meaning(result, noun, relation),
         tuple(definition),
         _assumptions(result, noun),
