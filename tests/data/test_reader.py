@@ -186,6 +186,25 @@ def test_a_folder_of_parts_is_one_table(tmp_path):
     assert (records.num_rows, records.num_units) == (9, 2)
 
 
+def test_many_batches_keep_order_and_counts(tmp_path):
+    """Row order inside units and counts hold over batches, and where sorting is not by insertion."""
+    schema = parse_schema(
+        'version = 1\nunit = "u"\n[columns.u]\nkind = "id"\n'
+        '[columns.x]\nkind = "integer"\nmin = 10\nmax = 149000\n'
+        '[columns.c]\nkind = "categorical"\ncategories = ["a"]\nother = "z"\nmissing = true\n'
+    )
+    units = np.random.default_rng(3).integers(0, 900, 150_000)
+    cells = pa.array(["a", "b", None] * 50_000)
+    pq.write_table(pa.table({"u": units, "x": np.arange(150_000), "c": cells}), tmp_path / "m.parquet")
+    records = read_records(tmp_path / "m.parquet", schema)
+    for unit in range(0, records.num_units, 83):
+        rows = slice(*records.unit_offsets[unit : unit + 2])
+        expected = np.clip(np.flatnonzero(units == int(records.unit_keys[unit])), 10, 149_000)
+        np.testing.assert_array_equal(records.columns["x"][rows], expected)
+    assert records.report.clipped == {"x": 10 + 999, "c": 0}
+    assert records.report.other["c"] == records.report.missing["c"] == 50_000
+
+
 @pytest.mark.parametrize(
     ("column", "values"),
     [

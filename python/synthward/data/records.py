@@ -85,7 +85,7 @@ def split_records(records: Records, *, holdout_fraction: float, salt: str) -> tu
     holdout = _salted_hash(records.unit_keys, salt) < np.uint64(threshold)
     if holdout_fraction > 0 and (holdout.all() or not holdout.any()):
         raise DataError(
-            f"{records.report.source}: holding out {holdout_fraction:g} of {records.num_units} privacy unit(s) "
+            f"{records.report.source}: holding out {holdout_fraction:g} of {records.num_units} units "
             "leaves one side empty: give more records, or hold out none"
         )
     return records.select_units(~holdout), records.select_units(holdout)
