@@ -66,8 +66,8 @@ def bin_column(column: Any, values: np.ndarray, numeric_bins: int = NUMERIC_BINS
     Args:
         column: a schema column (``is_discrete``, ``levels``, ``min``, ``max``).
         values: int32 level indices with -1 for missing, or float64 with NaN for missing, [N].
-        numeric_bins: equal-width bins between ``min`` and ``max`` (fewer for whole numbers of fewer values); the upper bound belongs to the last bin
-            and values outside the bounds to the bin at that end.
+        numeric_bins: equal-width bins between ``min`` and ``max``, fewer for whole numbers of fewer values;
+            the upper bound belongs to the last bin and values outside the bounds to the bin at that end.
 
     Returns:
         int64 [N].

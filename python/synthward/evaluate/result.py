@@ -15,8 +15,8 @@ from synthward.evaluate.marginals import PairTV
 from synthward.evaluate.utility import Utility
 
 RELEASABLE_ROWS = 5000
-"""Figures of the synthetic table that may be released use exactly this many of its rows, drawn at random, so
-that they do not tell how many rows it has: often as many as there were training rows, and that number is private."""
+"""Figures of the synthetic table that may be released use exactly this many of its rows, drawn at random. So
+they do not tell how many rows it has, often as many as there were training rows: a private number."""
 
 
 @dataclass(frozen=True)

@@ -134,20 +134,13 @@ def find_target(schema: Any) -> tuple[str, int] | str:
     label = schema.label
     if not label:
         return "the schema declares no label"
-    column = next((c for c in schema.modelled if c.name == label), None)
-    if column is None:
-        return f"the label {label!r} is not a modelled column"
-    if not column.is_discrete:
-        return f"the label {label!r} is not a categorical column"
-    levels = [str(level) for level in column.levels]
-    positive = schema.label_positive
-    if positive is None:
-        if len(levels) != 2:
-            return f"the schema names no label_positive for {label!r}, which has {len(levels)} levels"
+    # The schema has checked that the label is a modelled discrete column and that the positive level is its own.
+    levels = [str(level) for level in schema.columns[label].levels]
+    if schema.label_positive is not None:
+        return label, levels.index(str(schema.label_positive))
+    if len(levels) == 2:
         return label, 1
-    if str(positive) not in levels:
-        return f"label_positive {positive!r} is not a level of {label!r}"
-    return label, levels.index(str(positive))
+    return f"the schema names no label_positive for {label!r}, which has {len(levels)} levels"
 
 
 def choose_subgroup_columns(schema: Any, label: str) -> list[Any]:
