@@ -1,1 +1,22 @@
-"""Stateless tensor functions: each operation as a plain-torch reference and as compiled kernels."""
+"""Stateless tensor functions: each operation as a plain-torch reference and as compiled kernels.
+
+A privacy unit is a segment of rows. ``offsets`` int64 [U + 1] says which: unit u owns rows
+``offsets[u]:offsets[u + 1]``; None means that every row is a unit of its own.
+"""
+
+from synthward.kernels._chacha import chacha20_words as chacha20_words
+from synthward.kernels._select import Backend as Backend
+from synthward.kernels._select import available_isas as available_isas
+from synthward.kernels._select import cpu_isa as cpu_isa
+from synthward.kernels._select import force_isa as force_isa
+from synthward.kernels.diagonal import diagonal_sq_norms as diagonal_sq_norms
+from synthward.kernels.diagonal import diagonal_weighted_sum as diagonal_weighted_sum
+from synthward.kernels.noise import add_gaussian_noise_ as add_gaussian_noise_
+from synthward.kernels.noise import gaussian_noise as gaussian_noise
+from synthward.kernels.outer import outer_sq_norms as outer_sq_norms
+from synthward.kernels.outer import outer_weighted_sum as outer_weighted_sum
+from synthward.kernels.outer import scale_rows as scale_rows
+from synthward.kernels.scatter import scatter_sq_norms as scatter_sq_norms
+from synthward.kernels.scatter import scatter_weighted_sum as scatter_weighted_sum
+from synthward.kernels.update import noisy_adam_ as noisy_adam_
+from synthward.kernels.update import noisy_sgd_ as noisy_sgd_

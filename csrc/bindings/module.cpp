@@ -1,3 +1,271 @@
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_C, m) { m.doc() = "synthward's compiled kernels"; }
+#include <cmath>
+#include <cstring>
+#include <optional>
+
+#include "bindings/array_view.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace synthward {
+namespace {
+
+using Floats = Array<float>;
+using Longs = Array<int64_t>;
+using MaybeFloats = std::optional<Floats>;
+using MaybeLongs = std::optional<Longs>;
+
+// Elements of an update that are worth a thread of their own.
+constexpr int64_t kMinUpdate = 16384;
+// Rows of norms that are worth a thread of their own.
+constexpr int64_t kMinUnits = 64;
+
+NoiseStream make_stream(const py::bytes& key, int64_t stream, int64_t step) {
+  const std::string text = key;
+  if (text.size() != 32) refuse("key", "has " + std::to_string(text.size()) + " bytes, expected 32");
+  if (stream < 0 || stream >= (1 << 15)) refuse("stream", "is not in [0, 2^15)");
+  if (step < 0 || step >= (int64_t{1} << 48)) refuse("step", "is not in [0, 2^48)");
+  NoiseStream out{};
+  for (int i = 0; i < 8; ++i) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(text.data()) + 4 * i;
+    out.key[i] = uint32_t{bytes[0]} | uint32_t{bytes[1]} << 8 | uint32_t{bytes[2]} << 16 | uint32_t{bytes[3]} << 24;
+  }
+  out.nonce = static_cast<uint64_t>(stream) << 48 | static_cast<uint64_t>(step);
+  return out;
+}
+
+void check_start(int64_t start) {
+  if (start < 0) refuse("start", "is negative");
+}
+
+struct Units {
+  const int64_t* offsets;
+  int64_t count;
+};
+
+Units check_units(const MaybeLongs& offsets, int64_t rows) {
+  if (!offsets) return {nullptr, rows};
+  const int64_t* at = input(*offsets, "offsets", 1);
+  const int64_t entries = offsets->shape(0);
+  if (entries < 1 || at[0] != 0 || at[entries - 1] != rows) refuse("offsets", "do not run from 0 to the number of rows");
+  for (int64_t u = 1; u < entries; ++u)
+    if (at[u] < at[u - 1]) refuse("offsets", "decrease");
+  return {at, entries - 1};
+}
+
+void outer_sq_norms(const Floats& a, const Floats& g, const MaybeLongs& offsets, Floats& out, int threads) {
+  const float* pa = input(a, "activations", 2);
+  const float* pg = input(g, "output_grads", 2);
+  check_length(g.shape(0), a.shape(0), "output_grads");
+  const Units units = check_units(offsets, a.shape(0));
+  float* po = output(out, "out", 1);
+  check_length(out.shape(0), units.count, "out");
+  const int64_t d = a.shape(1), p = g.shape(1);
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(units.count, 1, kMinUnits, threads,
+               [=, &table](int64_t f, int64_t t) { table.outer_sq_norms(pa, pg, units.offsets, f, t, d, p, po); });
+}
+
+void diagonal_sq_norms(const Floats& rows, const MaybeFloats& factors, const MaybeLongs& offsets, Floats& out,
+                       int threads) {
+  const float* pr = input(rows, "rows", 2);
+  const float* pf = factors ? input(*factors, "factors", 2) : nullptr;
+  if (factors) {
+    check_length(factors->shape(0), rows.shape(0), "factors");
+    check_length(factors->shape(1), rows.shape(1), "factors");
+  }
+  const Units units = check_units(offsets, rows.shape(0));
+  float* po = output(out, "out", 1);
+  check_length(out.shape(0), units.count, "out");
+  const int64_t p = rows.shape(1);
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(units.count, 1, kMinUnits, threads,
+               [=, &table](int64_t f, int64_t t) { table.diagonal_sq_norms(pr, pf, units.offsets, f, t, p, po); });
+}
+
+void scatter_sq_norms(const Longs& ids, const Floats& g, const MaybeLongs& offsets, Floats& out, int threads) {
+  const int64_t* pi = input(ids, "ids", 1);
+  const float* pg = input(g, "output_grads", 2);
+  check_length(ids.shape(0), g.shape(0), "ids");
+  const Units units = check_units(offsets, g.shape(0));
+  float* po = output(out, "out", 1);
+  check_length(out.shape(0), units.count, "out");
+  const int64_t p = g.shape(1);
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(units.count, 1, kMinUnits, threads,
+               [=, &table](int64_t f, int64_t t) { table.scatter_sq_norms(pi, pg, units.offsets, f, t, p, po); });
+}
+
+void scale_rows(const Floats& x, const Floats& weights, Floats& out, int threads) {
+  const float* px = input(x, "rows", 2);
+  const float* pw = input(weights, "row_weights", 1);
+  check_length(weights.shape(0), x.shape(0), "row_weights");
+  float* po = output(out, "out", 2);
+  check_length(out.shape(0), x.shape(0), "out");
+  check_length(out.shape(1), x.shape(1), "out");
+  check_apart(x, out, "out");
+  const int64_t p = x.shape(1), min_rows = kMinUpdate / (p > 0 ? p : 1) + 1;
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(x.shape(0), 1, min_rows, threads,
+               [=, &table](int64_t f, int64_t t) { table.scale_rows(px, pw, f, t, p, po); });
+}
+
+Array<uint32_t> chacha20_words(const py::bytes& key, int64_t stream, int64_t step, int64_t start, int64_t count) {
+  const NoiseStream noise = make_stream(key, stream, step);
+  check_start(start);
+  if (count < 0) refuse("count", "is negative");
+  Array<uint32_t> out(count);
+  uint32_t* po = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    uint32_t state[16] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u};
+    std::memcpy(state + 4, noise.key, sizeof noise.key);
+    state[12] = state[13] = 0;
+    state[14] = static_cast<uint32_t>(noise.nonce);
+    state[15] = static_cast<uint32_t>(noise.nonce >> 32);
+    uint32_t words[256];
+    for (int64_t done = 0; done < count;) {
+      const uint64_t word = static_cast<uint64_t>(start + done);
+      const uint64_t block = word / 16;
+      kernels().chacha_blocks16(state, block, words);
+      for (uint64_t at = word - block * 16; at < 256 && done < count; ++at, ++done)
+        po[done] = words[(at % 16) * 16 + at / 16];
+    }
+  }
+  return out;
+}
+
+// The raw block function over a whole state, for test vectors of other nonce layouts.
+Array<uint32_t> chacha20_block(const Array<uint32_t>& state) {
+  const uint32_t* ps = input(state, "state", 1);
+  check_length(state.shape(0), 16, "state");
+  const uint64_t counter = uint64_t{ps[13]} << 32 | ps[12];
+  uint32_t words[256];
+  kernels().chacha_blocks16(ps, counter, words);
+  Array<uint32_t> out(16);
+  for (int w = 0; w < 16; ++w) out.mutable_data()[w] = words[w * 16];
+  return out;
+}
+
+void gaussian_noise(Floats& out, const py::bytes& key, int64_t stream, int64_t step, int64_t start, int threads) {
+  const NoiseStream noise = make_stream(key, stream, step);
+  check_start(start);
+  float* po = output(out, "out", 1);
+  const int64_t n = out.shape(0);
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(n, 256, kMinUpdate, threads,
+               [=, &table](int64_t f, int64_t t) { table.gaussian(&noise, start + f, t - f, po + f); });
+}
+
+void add_gaussian_noise(Floats& tensor, const py::bytes& key, int64_t stream, int64_t step, int64_t start,
+                        float noise_std, int threads) {
+  const NoiseStream noise = make_stream(key, stream, step);
+  check_start(start);
+  float* po = output(tensor, "tensor", 1);
+  const int64_t n = tensor.shape(0);
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(n, 256, kMinUpdate, threads,
+               [=, &table](int64_t f, int64_t t) { table.add_gaussian(&noise, start + f, t - f, noise_std, po + f); });
+}
+
+void noisy_adam(Floats& param, Floats& grad, Floats& m, Floats& v, const py::bytes& key, int64_t stream, int64_t step,
+                int64_t start, float noise_std, float grad_scale, double lr, double beta1, double beta2, float eps,
+                float weight_decay, bool decoupled, double bias1, double bias2, int threads) {
+  const NoiseStream noise = make_stream(key, stream, step);
+  check_start(start);
+  AdamArgs args{};
+  args.param = output(param, "param", 1);
+  args.grad = output(grad, "summed_grad", 1);
+  args.m = output(m, "exp_avg", 1);
+  args.v = output(v, "exp_avg_sq", 1);
+  const int64_t n = param.shape(0);
+  check_length(grad.shape(0), n, "summed_grad");
+  check_length(m.shape(0), n, "exp_avg");
+  check_length(v.shape(0), n, "exp_avg_sq");
+  check_apart(param, grad, "summed_grad");
+  check_apart(m, v, "exp_avg_sq");
+  args.noise_std = noise_std;
+  args.grad_scale = grad_scale;
+  args.beta1 = static_cast<float>(beta1);
+  args.beta2 = static_cast<float>(beta2);
+  args.weight_decay = weight_decay;
+  args.decoupled = decoupled;
+  args.decay_factor = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
+  args.step_size = static_cast<float>(lr / bias1);
+  args.bias2_sqrt_inv = static_cast<float>(1.0 / std::sqrt(bias2));
+  args.eps = eps;
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(n, 256, kMinUpdate, threads,
+               [=, &table](int64_t f, int64_t t) { table.adam(&noise, start, f, t, &args); });
+}
+
+void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buffer, const py::bytes& key,
+               int64_t stream, int64_t step, int64_t start, float noise_std, float grad_scale, float lr,
+               float momentum, float dampening, bool nesterov, float weight_decay, bool first_step, int threads) {
+  const NoiseStream noise = make_stream(key, stream, step);
+  check_start(start);
+  SgdArgs args{};
+  args.param = output(param, "param", 1);
+  args.grad = output(grad, "summed_grad", 1);
+  const int64_t n = param.shape(0);
+  check_length(grad.shape(0), n, "summed_grad");
+  check_apart(param, grad, "summed_grad");
+  if (momentum_buffer) {
+    args.momentum_buffer = output(*momentum_buffer, "momentum_buffer", 1);
+    check_length(momentum_buffer->shape(0), n, "momentum_buffer");
+  }
+  args.noise_std = noise_std;
+  args.grad_scale = grad_scale;
+  args.lr = lr;
+  args.momentum = momentum;
+  args.dampening = dampening;
+  args.nesterov = nesterov;
+  args.weight_decay = weight_decay;
+  args.first_step = first_step;
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(n, 256, kMinUpdate, threads,
+               [=, &table](int64_t f, int64_t t) { table.sgd(&noise, start, f, t, &args); });
+}
+
+}  // namespace
+}  // namespace synthward
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  using namespace synthward;
+  using py::arg;
+  m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";
+  m.def("outer_sq_norms", &outer_sq_norms, arg("activations").noconvert(), arg("output_grads").noconvert(),
+        arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));
+  m.def("diagonal_sq_norms", &diagonal_sq_norms, arg("rows").noconvert(), arg("factors").noconvert(),
+        arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));
+  m.def("scatter_sq_norms", &scatter_sq_norms, arg("ids").noconvert(), arg("output_grads").noconvert(),
+        arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));
+  m.def("scale_rows", &scale_rows, arg("rows").noconvert(), arg("row_weights").noconvert(), arg("out").noconvert(),
+        arg("threads"));
+  m.def("chacha20_words", &chacha20_words, arg("key"), arg("stream"), arg("step"), arg("start"), arg("count"));
+  m.def("chacha20_block", &chacha20_block, arg("state").noconvert());
+  m.def("gaussian_noise", &gaussian_noise, arg("out").noconvert(), arg("key"), arg("stream"), arg("step"),
+        arg("start"), arg("threads"));
+  m.def("add_gaussian_noise", &add_gaussian_noise, arg("tensor").noconvert(), arg("key"), arg("stream"), arg("step"),
+        arg("start"), arg("noise_std"), arg("threads"));
+  m.def("noisy_adam", &noisy_adam, arg("param").noconvert(), arg("summed_grad").noconvert(),
+        arg("exp_avg").noconvert(), arg("exp_avg_sq").noconvert(), arg("key"), arg("stream"), arg("step"),
+        arg("start"), arg("noise_std"), arg("grad_scale"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("weight_decay"), arg("decoupled"), arg("bias1"), arg("bias2"), arg("threads"));
+  m.def("noisy_sgd", &noisy_sgd, arg("param").noconvert(), arg("summed_grad").noconvert(),
+        arg("momentum_buffer").noconvert(), arg("key"), arg("stream"), arg("step"), arg("start"), arg("noise_std"),
+        arg("grad_scale"), arg("lr"), arg("momentum"), arg("dampening"), arg("nesterov"), arg("weight_decay"),
+        arg("first_step"), arg("threads"));
+  m.def("cpu_isa", [] { return std::string(kernels().name); });
+  m.def("available_isas", &available_isas);
+  m.def("force_isa", &force_isa, arg("name"));
+}

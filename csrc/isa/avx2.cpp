@@ -1,0 +1,3 @@
+#define SYNTHWARD_ISA avx2
+#define SYNTHWARD_ISA_NAME "avx2"
+#include "core/all.inl"

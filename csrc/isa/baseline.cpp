@@ -1,0 +1,3 @@
+#define SYNTHWARD_ISA baseline
+#define SYNTHWARD_ISA_NAME "baseline"
+#include "core/all.inl"

@@ -1,0 +1,15 @@
+"""Plain torch: what the compiled kernel is held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synthward.kernels._segments import row_units
+
+
+def diagonal_sq_norms(rows: Tensor, offsets: Tensor | None, factors: Tensor | None, units: int) -> Tensor:
+    product = rows.double() if factors is None else rows.double() * factors.double()
+    sums = torch.zeros(units, rows.shape[1], dtype=torch.float64, device=rows.device)
+    sums.index_add_(0, row_units(offsets, len(rows), rows.device), product)
+    return (sums * sums).sum(1).float()

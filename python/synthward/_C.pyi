@@ -1,0 +1,60 @@
+"""Types of the compiled extension: NumPy views, checked and never converted."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_F = NDArray[np.float32]
+_L = NDArray[np.int64]
+
+def outer_sq_norms(activations: _F, output_grads: _F, offsets: _L | None, out: _F, threads: int) -> None: ...
+def diagonal_sq_norms(rows: _F, factors: _F | None, offsets: _L | None, out: _F, threads: int) -> None: ...
+def scatter_sq_norms(ids: _L, output_grads: _F, offsets: _L | None, out: _F, threads: int) -> None: ...
+def scale_rows(rows: _F, row_weights: _F, out: _F, threads: int) -> None: ...
+def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]: ...
+def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
+def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...
+def add_gaussian_noise(
+    tensor: _F, key: bytes, stream: int, step: int, start: int, noise_std: float, threads: int
+) -> None: ...
+def noisy_adam(
+    param: _F,
+    summed_grad: _F,
+    exp_avg: _F,
+    exp_avg_sq: _F,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    bias1: float,
+    bias2: float,
+    threads: int,
+) -> None: ...
+def noisy_sgd(
+    param: _F,
+    summed_grad: _F,
+    momentum_buffer: _F | None,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    grad_scale: float,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    first_step: bool,
+    threads: int,
+) -> None: ...
+def cpu_isa() -> str: ...
+def available_isas() -> list[str]: ...
+def force_isa(name: str) -> bool: ...
