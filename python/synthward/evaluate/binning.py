@@ -8,6 +8,7 @@ grid comes from the schema alone, codes of two tables with one schema mean the s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -129,5 +130,5 @@ def code_labels(column: Any, numeric_bins: int = NUMERIC_BINS) -> list[str]:
 
 
 def _date_text(value: float, column: Any) -> str:
-    unit = "s" if getattr(column, "resolution", "day") == "second" else "D"
-    return str(np.datetime64(int(value), unit).astype("datetime64[D]"))
+    unit = "seconds" if getattr(column, "resolution", "day") == "second" else "days"
+    return (datetime(1970, 1, 1) + timedelta(**{unit: int(value)})).date().isoformat()

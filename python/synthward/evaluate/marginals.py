@@ -107,11 +107,12 @@ def binned_two_way(
     values = np.zeros((len(others), len(pairs)))
     for k, (i, j) in enumerate(pairs):
         cells = reference.cardinalities[i] * reference.cardinalities[j]
-        count = _dense_shares if cells <= DENSE_CELLS else _sparse_shares
-        distance = _half_l1 if cells <= DENSE_CELLS else _sparse_distance
-        expected = count(reference, i, j)
-        for t, other in enumerate(others):
-            values[t, k] = distance(expected, count(other, i, j))
+        if cells <= DENSE_CELLS:
+            dense = _dense_shares(reference, i, j)
+            values[:, k] = [_half_l1(dense, _dense_shares(other, i, j)) for other in others]
+        else:
+            sparse = _sparse_shares(reference, i, j)
+            values[:, k] = [_sparse_distance(sparse, _sparse_shares(other, i, j)) for other in others]
         if progress is not None and k % 64 == 0:
             progress(k / len(pairs))
     return [_pair_table(reference.names, pairs, row) for row in values]

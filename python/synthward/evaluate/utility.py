@@ -134,7 +134,7 @@ def find_target(schema: Any) -> tuple[str, int] | str:
     label = schema.label
     if not label:
         return "the schema declares no label"
-    # The schema has checked that the label is a modelled discrete column and that the positive level is its own.
+    # The schema has checked that the label is a modelled discrete column that has the positive level.
     levels = [str(level) for level in schema.columns[label].levels]
     if schema.label_positive is not None:
         return label, levels.index(str(schema.label_positive))

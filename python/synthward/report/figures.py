@@ -21,7 +21,7 @@ TRAIN, HOLDOUT, SYNTHETIC, INK, PALE = "#9aa3ab", "#b35c00", "#0b62a8", "#1f2933
 
 SEQUENTIAL = "cividis"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8,
     "axes.edgecolor": "#7b8794",

@@ -105,7 +105,7 @@ def _top_levels(
     kept = shown
     if len(shown) > MAX_BARS:
         kept = np.sort(shown[np.argsort(-leading[shown], kind="stable")[:MAX_BARS]])
-    return table[:, kept], [labels[k] for k in kept], len(shown) - len(kept)
+    return table[:, kept], [labels[k] for k in kept.tolist()], len(shown) - len(kept)
 
 
 def marginal_image(item: Marginal | PublicMarginal) -> Image:
@@ -134,7 +134,7 @@ def draw_pair_heatmap(axes: Axes, found: Comparison, *, names: bool) -> None:
     assert figure is not None
     bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
     bar.set_label("total variation")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.set_facecolor("white")
     axes.spines[:].set_visible(False)
     if names:
