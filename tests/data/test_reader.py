@@ -234,7 +234,7 @@ BAD_CELLS = [
     ("patient", "", "the privacy unit's id is missing"),
     ("patient", "?", "the privacy unit's id is missing"),
     ("age", "old", "'old' is not a number"),
-    ("age", "41.5", "not a whole number"),
+    ("age", "41.5", ": 41.5 is not a whole number"),
     ("age", "1e999", "age"),
     ("weight", "nan", "not a finite number"),
     ("weight", "Inf", "not a finite number"),
@@ -292,6 +292,8 @@ def test_files_that_are_no_table(tmp_path):
     refused("h.parquet", b"PAR1 nothing PAR1", "not a readable Parquet")
     refused("i.xlsx", b"x", "unknown kind of file")
     refused("j.csv", head.replace(b"note", b"age") + row + b"\n", "'age' appears twice")
+    refused("k.csv", HEADER.encode("utf-16"), "header is not UTF-8")
+    refused("l.csv", (head + row + b"\n").replace(b",", b";"), "semicolons")
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "none.csv", SCHEMA)
     (tmp_path / "folder").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,7 +183,7 @@ class ColumnConverter:
             if bad.any():
                 at = int(np.argmax(bad))
                 raise self._error(
-                    first_row + at, f'{out[at]!r} is not a whole number: declare kind = "continuous"'
+                    first_row + at, f'{float(out[at])!r} is not a whole number: declare kind = "continuous"'
                 )
         return self._clip(out)
 
@@ -257,7 +258,7 @@ class ColumnConverter:
             raise self._error(first_row + at, f"{short(values[at].as_py())} does not match {form}") from None
 
 
-def first_failure(values: pa.Array, parse) -> int:
+def first_failure(values: pa.Array, parse: Callable[[pa.Array], object]) -> int:
     """Index of the first cell that `parse` refuses, by halving."""
     low, high = 0, len(values)
     while high - low > 1:

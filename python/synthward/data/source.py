@@ -26,6 +26,7 @@ class Source:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._ragged: pa_csv.InvalidRow | None = None  # the row that stopped the CSV parser
         name = self.path.name.lower()
         if not self.path.exists():
             raise DataError(f"{self.path}: no such file")
@@ -49,15 +50,22 @@ class Source:
         return self._csv_batches(names) if self._is_csv else self._parquet_batches(names)
 
     def _csv_names(self) -> list[str]:
-        with self._open_csv(None) as reader:
-            return list(reader.schema.names)
+        try:
+            with self._open_csv(None) as reader:
+                names = list(reader.schema.names)
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path}: the header is not UTF-8 text: save the file as UTF-8") from None
+        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+            if len(names) == 1 and mark in names[0]:
+                raise DataError(f"{self.path}: its cells are separated by {word}: save it with commas")
+        return names
 
     def _open_csv(self, names: list[str] | None) -> pa_csv.CSVStreamingReader:
         def refuse(row: pa_csv.InvalidRow) -> str:
             self._ragged = row
             return "error"
 
-        self._ragged: pa_csv.InvalidRow | None = None
+        self._ragged = None
         text = pa_csv.ConvertOptions(
             column_types=None if names is None else dict.fromkeys(names, pa.string()),
             include_columns=names,
