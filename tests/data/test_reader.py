@@ -292,7 +292,8 @@ def test_files_that_are_no_table(tmp_path):
     refused("h.parquet", b"PAR1 nothing PAR1", "not a readable Parquet")
     refused("i.xlsx", b"x", "unknown kind of file")
     refused("j.csv", head.replace(b"note", b"age") + row + b"\n", "'age' appears twice")
-    refused("k.csv", (head + row + b"\n").decode().encode("utf-16"), "header is not UTF-8")
+    refused("k.csv", (head + row + b"\n").decode().encode("utf-16"), "UTF-16")
+    refused("m.csv", b"\xe9t\xe9," + head + row + b",\n", "UTF-8")
     refused("l.csv", (head + row + b"\n").replace(b",", b";"), "semicolons")
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "none.csv", SCHEMA)

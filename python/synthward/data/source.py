@@ -50,6 +50,9 @@ class Source:
         return self._csv_batches(names) if self._is_csv else self._parquet_batches(names)
 
     def _csv_names(self) -> list[str]:
+        with self.path.open("rb") as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{self.path}: is UTF-16 text, not UTF-8 text: save the file as UTF-8")
         try:
             with self._open_csv(None) as reader:
                 names = list(reader.schema.names)
