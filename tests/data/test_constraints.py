@@ -127,6 +127,16 @@ def test_chains_of_implications():
     assert np.isnan(out["i"][0]) and out["i"][1] == 5
 
 
+def test_a_circle_of_equals_settles():
+    names = ["i", "x", "j"]
+    rules = [
+        {"kind": "le", "left": left, "right": right}
+        for left, right in zip(names, [*names[1:], names[0]], strict=True)
+    ]
+    out = enforce(rules, i=[9, 0, 3], x=[0.5, 9.5, 3.5], j=[4, 7, 3])
+    assert out["i"] == out["x"] == out["j"]
+
+
 def test_missing_satisfies_a_comparison():
     schema = schema_from_dict(
         {

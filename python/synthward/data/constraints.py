@@ -6,8 +6,8 @@ nothing changes:
 
 - `implies`: where the condition holds, the other column is set to the implied value.
 - `le`: where the left value is too large, it gives way to the right one (is lowered to it, or just under it
-  when strict); in every second round the right value gives way instead, so that a left value which another
-  constraint fixes stays. A side that its bounds keep from giving way makes the other side move.
+  when strict). If that does not settle, because another constraint fixes a left value, the right values give
+  way instead. A side that its bounds keep from giving way makes the other side move.
 
 A missing value satisfies every comparison.
 """
@@ -45,9 +45,13 @@ def enforce_constraints(schema: Schema, columns: dict[str, np.ndarray]) -> dict[
         )
     if not schema.constraints:
         return columns
-    for round_number in range(2 * len(schema.constraints) + 4):
+    # A phase is long enough for a change to run down a chain of all constraints. Letting the left sides give
+    # way brings every value below what fixed values ask; then raising right sides cannot pass it again. Later
+    # phases are for rules that fire on repaired values.
+    phase = len(schema.constraints) + 1
+    for round_number in range(4 * phase + 1):
         changed = False
-        gives_way: Literal["left", "right"] = "right" if round_number % 2 else "left"
+        gives_way: Literal["left", "right"] = "right" if round_number // phase % 2 else "left"
         for constraint in schema.constraints:
             broken = _broken(schema, constraint, columns)
             if not broken.any():
