@@ -1,0 +1,54 @@
+"""From squared norms to clip factors, with the rounding of the norms themselves covered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synthward.engine.spec import ClipSpec
+
+UNIT_ROUNDOFF = 2.0**-24
+
+
+def rounding_slack(longest: int) -> float:
+    """Bound gamma on the relative rounding error of a squared norm whose longest inner sum has `longest` terms.
+
+    A sum of n products in fp32, added in any order, is off by at most n u of the sum of magnitudes (Higham 2002,
+    section 3.1). Two such sums are multiplied (activations, output gradients), a few dozen parameters added, and
+    the clipped contribution itself is rounded: 2 n + 64 units in all.
+    """
+    return (2 * longest + 64) * UNIT_ROUNDOFF
+
+
+def clip_factors(
+    sample_sq_norm: Tensor,
+    clip: ClipSpec,
+    *,
+    slack: float,
+    row_bound: Tensor | None = None,
+    scale: float = 1.0,
+    unit_mask: Tensor | None = None,
+) -> Tensor:
+    """Factor per unit: ``scale * min(1, C / norm)``, float32 [U].
+
+    Args:
+        sample_sq_norm: float32 [U], squared norms of the units' gradients before ``scale``.
+        clip: the bound C.
+        slack: `rounding_slack` of the norms.
+        row_bound: float32 [U] or None: sum over parameters of the squared sum of the norms of a unit's rows. Where
+            rows of one unit cancel, the rounding error of the squared norm is relative to this, not to the norm.
+        scale: what the gradients are multiplied by before they are clipped (undoes a mean over rows).
+        unit_mask: bool [U] or None; a masked unit (False) gets 0.
+
+    Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding of the norm included; a unit
+    whose norm is NaN or infinite gets exactly 0. No branch on the data, no synchronisation.
+    """
+    upper = sample_sq_norm * (1.0 + slack)
+    upper = upper.add(sample_sq_norm if row_bound is None else row_bound, alpha=slack)
+    norm = upper.clamp_min(0.0).sqrt().mul_(scale * (1.0 + 8 * UNIT_ROUNDOFF))
+    factor = (clip.max_grad_norm / norm).clamp_max_(1.0).mul_(scale)
+    keep = torch.isfinite(norm) & torch.isfinite(sample_sq_norm)
+    if unit_mask is not None:
+        keep = keep & unit_mask
+    # NaN compares false everywhere, so the choice is by mask and not by multiplication.
+    return torch.where(keep, factor, torch.zeros_like(factor))

@@ -1,0 +1,68 @@
+"""Keys of a run: one 256-bit root from the operating system, one derived key per purpose.
+
+The root is never written anywhere; a resumed run draws a fresh one, so that no noise repeats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Literal, get_args
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from synthward.engine.errors import ConfigError
+
+Purpose = Literal["noise", "sampler", "queries", "canaries"]
+_DOMAIN = b"synthward/v1/"
+
+
+class KeySchedule:
+    """Derives purpose keys by HKDF-SHA256 (RFC 5869) from a root that stays in memory.
+
+    Guarantees: keys of different purposes are independent; a schedule from the operating system never
+    equals another one; one made from a seed says so (`is_private` is False) and protects nobody.
+    """
+
+    def __init__(self, root: bytes, *, is_private: bool) -> None:
+        if len(root) != 32:
+            raise ValueError(f"root: has {len(root)} bytes, expected 32")
+        self._root = root
+        self._is_private = is_private
+
+    @classmethod
+    def from_os(cls) -> KeySchedule:
+        """A fresh schedule from the operating system's random source."""
+        return cls(secrets.token_bytes(32), is_private=True)
+
+    @classmethod
+    def reproducible(cls, seed: int) -> KeySchedule:
+        """A schedule that anybody who knows the seed can recompute: reproducible, not private."""
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed: got {seed!r}; give a whole number of at least 0")
+        root = hashlib.sha256(_DOMAIN + b"reproducible/" + str(seed).encode()).digest()
+        return cls(root, is_private=False)
+
+    def key(self, purpose: Purpose) -> bytes:
+        """The 32-byte key of a purpose."""
+        if purpose not in get_args(Purpose):
+            raise ValueError(f"purpose: got {purpose!r}, expected one of {', '.join(get_args(Purpose))}")
+        info = _DOMAIN + b"key/" + purpose.encode()
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._root)
+
+    @property
+    def key_id(self) -> str:
+        """Hash of the root, hex: tells keys apart in the ledger and gives nothing away."""
+        return hashlib.sha256(_DOMAIN + b"key-id/" + self._root).hexdigest()[:32]
+
+    @property
+    def is_private(self) -> bool:
+        """False when the keys come from a user's seed."""
+        return self._is_private
+
+    def __repr__(self) -> str:
+        return f"KeySchedule(key_id={self.key_id!r}, is_private={self.is_private})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a key schedule can not be pickled: its root stays in this process")

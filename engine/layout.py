@@ -1,0 +1,121 @@
+"""Which rows of a batch belong to which privacy unit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synthward.engine.errors import ConfigError
+
+
+class Layout:
+    """Rows of one physical batch, unit by unit.
+
+    Rows are those of the batch axis: ``num_rows`` of them over ``num_units`` units. A captured call may see
+    each of them several times (a time or patch axis after the batch axis): `expand` gives the layout of that
+    call. ``offsets`` is int64 [U + 1], or None where each row is a unit. ``order``, if not None, is the
+    permutation that puts the rows in unit order.
+    """
+
+    def __init__(
+        self,
+        num_units: int,
+        num_rows: int,
+        offsets: Tensor | None,
+        *,
+        rows_per_unit: int | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        self.num_units, self.num_rows = num_units, num_rows
+        self.offsets, self.order, self.rows_per_unit = offsets, order, rows_per_unit
+        self._expanded: dict[int, Layout] = {1: self}
+        self._row_units: Tensor | None = None
+
+    @classmethod
+    def uniform(cls, num_units: int, rows_per_unit: int, device: torch.device | None = None) -> Layout:
+        """`rows_per_unit` rows for each unit, unit by unit."""
+        if rows_per_unit < 1:
+            raise ConfigError(f"rows_per_unit: got {rows_per_unit}; give at least 1")
+        rows = num_units * rows_per_unit
+        offsets = None
+        if rows_per_unit != 1:
+            offsets = torch.arange(0, rows + 1, rows_per_unit, dtype=torch.int64, device=device)
+        return cls(num_units, rows, offsets, rows_per_unit=rows_per_unit)
+
+    @classmethod
+    def ragged(cls, offsets: Tensor) -> Layout:
+        """Unit u owns rows ``offsets[u]:offsets[u + 1]``; empty units are allowed."""
+        if offsets.dim() != 1 or offsets.dtype != torch.int64 or len(offsets) == 0:
+            raise ConfigError("offsets: expected an int64 vector of one more entry than units")
+        if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+            raise ConfigError("offsets: must start at 0 and never decrease")
+        return cls(len(offsets) - 1, int(offsets[-1]), offsets)
+
+    @classmethod
+    def from_ids(cls, ids: Tensor) -> Layout:
+        """One integer id per row, in any order; rows of equal id are one unit."""
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ConfigError("unit ids: expected one integer per row of the batch")
+        sorted_ids, order = torch.sort(ids, stable=True)
+        _, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        if len(counts) == len(ids):
+            return cls.uniform(len(ids), 1)
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=ids.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        is_sorted = bool((order.diff() > 0).all())
+        return cls(len(counts), len(ids), offsets, order=None if is_sorted else order)
+
+    def expand(self, factor: int) -> Layout:
+        """The layout of a call that sees each row `factor` times, row by row."""
+        if factor not in self._expanded:
+            self._expanded[factor] = self._expand(factor)
+        return self._expanded[factor]
+
+    def _expand(self, factor: int) -> Layout:
+        if self.rows_per_unit is not None:
+            return Layout.uniform(self.num_units, self.rows_per_unit * factor)
+        assert self.offsets is not None
+        order = self.order
+        if order is not None:
+            order = (order.unsqueeze(1) * factor + torch.arange(factor, device=order.device)).flatten()
+        return Layout(self.num_units, self.num_rows * factor, self.offsets * factor, order=order)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each row is a unit."""
+        return self.rows_per_unit == 1
+
+    @property
+    def row_units(self) -> Tensor:
+        """Unit of each row in the batch's own order, int64 [num_rows]."""
+        if self._row_units is None:
+            if self.offsets is None:
+                self._row_units = torch.arange(self.num_rows)
+            else:
+                units = torch.arange(self.num_units, device=self.offsets.device)
+                in_order = torch.repeat_interleave(units, self.offsets.diff(), output_size=self.num_rows)
+                if self.order is None:
+                    self._row_units = in_order
+                else:
+                    self._row_units = torch.empty_like(in_order).index_copy_(0, self.order, in_order)
+        return self._row_units
+
+    def sort_rows(self, rows: Tensor) -> Tensor:
+        """Rows [num_rows, ...] in unit order."""
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def to_rows(self, per_unit: Tensor) -> Tensor:
+        """A value per unit [U] as a value per row [num_rows], in the batch's own order."""
+        if self.is_single:
+            return per_unit
+        if self.rows_per_unit is not None:
+            return per_unit.unsqueeze(1).expand(-1, self.rows_per_unit).flatten()
+        return per_unit.index_select(0, self.row_units)
+
+    def sum_rows(self, per_row: Tensor) -> Tensor:
+        """A value per row [num_rows], in the batch's own order, added up per unit [U]."""
+        if self.is_single:
+            return per_row
+        if self.rows_per_unit is not None:
+            return per_row.view(self.num_units, self.rows_per_unit).sum(1)
+        return per_row.new_zeros(self.num_units).index_add_(0, self.row_units, per_row)

@@ -1,0 +1,325 @@
+"""The ledger of a run: what was spent on the records, written and flushed before it is spent.
+
+Append-only canonical JSON lines, each holding the SHA-256 of the line before. Training buys steps in leases:
+one line covers many steps, and a lease that its process did not close is charged whole. A line that a crash
+tore was never flushed, so what it would have paid for never happened: it is set aside in a `recovered` line.
+Reading a ledger runs no code: the kinds of lines and of events are closed sets.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from synthward.engine.accounting import Event, PoissonGaussianEvent, epsilon_of, event_from_dict
+from synthward.engine.accounting.accountant import ACCOUNTANTS, merge_events
+from synthward.engine.accounting.events import check_delta, check_epsilon
+from synthward.engine.errors import BudgetExceededError, ConfigError, LedgerError
+
+_DOMAIN = b"synthward/ledger/v1\n"
+_START = "0" * 64
+_VERSION = 1
+# Calibration meets a target to a few parts in 1e5; this covers only the rounding of a sum.
+_SLACK = 1e-9
+_FIELDS: dict[str, set[str]] = {
+    "header": {"version", "run_id", "unit", "relation", "delta", "accountant", "key_id", "private", "target_epsilon"},
+    "event": {"event", "note"},
+    "lease": {"event", "first_step", "steps"},
+    "lease_close": {"used"},
+    "key": {"key_id", "private"},
+    "recovered": {"bytes", "digest"},
+}
+_COMMON = {"seq", "prev", "time", "kind", "hash"}
+
+
+class Ledger:
+    """One run's ledger. One process writes it at a time; `open` verifies every link.
+
+    Guarantees: when a method that charges returns, its line is on the disk; `epsilon` never reports less than
+    what was released; an append that would pass ``target_epsilon`` raises `BudgetExceededError` and writes
+    nothing.
+    """
+
+    def __init__(self, path: Path, descriptor: int, lines: list[dict[str, Any]]) -> None:
+        self.path = path
+        self._descriptor: int | None = descriptor
+        self._lines = lines
+        self._lease_is_ours = False
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        run_id: str,
+        unit: str,
+        delta: float,
+        key_id: str,
+        private: bool,
+        target_epsilon: float | None = None,
+        accountant: str = "pld",
+    ) -> Ledger:
+        """Start a ledger; an existing file is refused, so that no spend is ever reset."""
+        check_delta(delta)
+        if target_epsilon is not None:
+            check_epsilon(target_epsilon)
+        if accountant not in ACCOUNTANTS:
+            raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            raise LedgerError(f"{path}: a ledger exists here already; its spend can not be reset") from None
+        ledger = cls(path, descriptor, [])
+        ledger._lock()
+        ledger._append(
+            "header",
+            version=_VERSION,
+            run_id=run_id,
+            unit=unit,
+            relation="add_or_remove_one",
+            delta=delta,
+            accountant=accountant,
+            key_id=key_id,
+            private=private,
+            target_epsilon=target_epsilon,
+        )
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path | str, *, expected_head: str | None = None, readonly: bool = False) -> Ledger:
+        """Open and verify a ledger; `LedgerError` when a link is broken or ``expected_head`` is not in it."""
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY if readonly else os.O_RDWR | os.O_APPEND)
+        except FileNotFoundError:
+            raise LedgerError(f"{path}: no ledger here") from None
+        ledger = cls(path, descriptor, [])
+        try:
+            if not readonly:
+                ledger._lock()
+            ledger._load(expected_head)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first line: run, unit, relation, delta, accountant, key id, private or not, target."""
+        return {k: self._lines[0][k] for k in _FIELDS["header"]}
+
+    @property
+    def head(self) -> str:
+        """Hash of the last line, hex."""
+        return str(self._lines[-1]["hash"])
+
+    @property
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        """All verified lines, oldest first."""
+        return tuple(self._lines)
+
+    @property
+    def is_private(self) -> bool:
+        """False when any key of the run came from a seed."""
+        return all(line["private"] for line in self._lines if line["kind"] in ("header", "key"))
+
+    def append_event(self, event: Event, *, note: str) -> None:
+        """Charge one event; returns when it is on the disk."""
+        self._check_budget([event])
+        self._append("event", event=event.to_dict(), note=note)
+
+    def add_key(self, key_id: str, *, private: bool = True) -> None:
+        """Note the fresh key of a resumed run; a key that was used before is refused."""
+        used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
+        if key_id in used and private:
+            raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
+        self._append("key", key_id=key_id, private=private)
+
+    def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int) -> None:
+        """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on."""
+        if event.steps != 1 or steps < 1 or first_step < 0:
+            raise ValueError("lease: expected the event of one step, at least one step, and a first step >= 0")
+        if self._open_lease() is not None and self._lease_is_ours:
+            raise LedgerError(f"{self.path}: the lease before is still open")
+        whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
+        self._check_budget([whole])
+        self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps)
+        self._lease_is_ours = True
+
+    def close_lease(self, used_steps: int) -> None:
+        """Give back what a lease of this process did not use."""
+        lease = self._open_lease()
+        if lease is None or not self._lease_is_ours:
+            raise LedgerError(f"{self.path}: this process has no open lease")
+        if not 0 <= used_steps <= lease["steps"]:
+            raise ValueError(f"used_steps: got {used_steps}, the lease holds {lease['steps']}")
+        self._append("lease_close", used=used_steps)
+        self._lease_is_ours = False
+
+    def covers(self, step: int, event: PoissonGaussianEvent) -> bool:
+        """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step)."""
+        lease = self._open_lease()
+        if lease is None or not self._lease_is_ours or self._descriptor is None:
+            return False
+        first = lease["first_step"]
+        return first <= step < first + lease["steps"] and event_from_dict(lease["event"]) == event
+
+    def events(self) -> list[Event]:
+        """Everything charged so far; an unclosed lease counts whole."""
+        charged: list[Event] = []
+        for at, line in enumerate(self._lines):
+            if line["kind"] == "event":
+                charged.append(event_from_dict(line["event"]))
+            elif line["kind"] == "lease":
+                following = self._lines[at + 1] if at + 1 < len(self._lines) else None
+                closed = following is not None and following["kind"] == "lease_close"
+                steps = following["used"] if closed and following is not None else line["steps"]
+                event = line["event"]
+                if steps:
+                    charged.append(PoissonGaussianEvent(event["sample_rate"], event["noise_multiplier"], steps))
+        return merge_events(charged)
+
+    def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
+        """Epsilon of everything charged, from the ledger alone; by default with its own delta and accountant."""
+        header = self._lines[0]
+        return epsilon_of(
+            self.events(), header["delta"] if delta is None else delta, accountant or header["accountant"]
+        )
+
+    def close(self) -> None:
+        """Release the file; a lease that is open stays charged whole."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise LedgerError(f"{self.path}: another process is writing this ledger") from None
+
+    def _open_lease(self) -> dict[str, Any] | None:
+        last = next((x for x in reversed(self._lines) if x["kind"] in ("lease", "lease_close")), None)
+        return last if last is not None and last["kind"] == "lease" else None
+
+    def _check_budget(self, more: list[Event]) -> None:
+        header = self._lines[0]
+        target = header["target_epsilon"]
+        if target is None:
+            return
+        after = epsilon_of([*self.events(), *more], header["delta"], header["accountant"])
+        if after > target * (1.0 + _SLACK):
+            raise BudgetExceededError(
+                f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta {header['delta']:g}; "
+                "training stops here"
+            )
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        if self._descriptor is None:
+            raise LedgerError(f"{self.path}: the ledger is closed")
+        line: dict[str, Any] = {
+            "seq": len(self._lines),
+            "prev": self._lines[-1]["hash"] if self._lines else _START,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "kind": kind,
+            **fields,
+        }
+        line["hash"] = _digest(line)
+        data = _canonical(line) + b"\n"
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            written = os.write(self._descriptor, data)
+            if written != len(data):
+                raise OSError(28, "No space left on device")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            # Nothing that this line covers will happen: take back the part that was written.
+            os.ftruncate(self._descriptor, end)
+            raise LedgerError(f"{self.path}: can not be written ({error.strerror}); nothing was spent") from None
+        self._lines.append(line)
+
+    def _load(self, expected_head: str | None) -> None:
+        assert self._descriptor is not None
+        data = self.path.read_bytes()
+        whole, _, torn = data.rpartition(b"\n")
+        if not whole:
+            raise LedgerError(f"{self.path}: is not a ledger")
+        for number, text in enumerate(whole.split(b"\n"), start=1):
+            self._lines.append(self._verify(number, text))
+        if expected_head is not None and all(line["hash"] != expected_head for line in self._lines):
+            raise LedgerError(f"{self.path}: does not hold the expected head; lines were cut off or replaced")
+        if torn and self._is_writable():
+            os.ftruncate(self._descriptor, len(whole) + 1)
+            self._append("recovered", bytes=len(torn), digest=hashlib.sha256(torn).hexdigest())
+
+    def _is_writable(self) -> bool:
+        assert self._descriptor is not None
+        return fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    def _verify(self, number: int, text: bytes) -> dict[str, Any]:
+        """One line, checked against the line before; any doubt is a `LedgerError` that names the line."""
+        try:
+            line = json.loads(text)
+            kind = line["kind"]
+            if set(line) != _COMMON | _FIELDS[kind] or _canonical(line) != text:
+                raise ValueError("has unknown or missing fields")
+            prev = self._lines[-1]["hash"] if self._lines else _START
+            if line["seq"] != len(self._lines) or line["prev"] != prev:
+                raise ValueError("does not follow the line before")
+            if line["hash"] != _digest({k: v for k, v in line.items() if k != "hash"}):
+                raise ValueError("was changed after it was written")
+            if (kind == "header") != (not self._lines):
+                raise ValueError("is out of place")
+            self._verify_fields(line)
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
+            raise LedgerError(f"{self.path}: line {number} {error}; the ledger can not be trusted") from None
+        return dict(line)
+
+    def _verify_fields(self, line: dict[str, Any]) -> None:
+        kind = line["kind"]
+        if kind == "header":
+            check_delta(line["delta"])
+            if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
+                raise ValueError("is of another version")
+        if kind in ("event", "lease"):
+            event_from_dict(line["event"])
+        if kind == "lease":
+            if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
+                raise ValueError("leases something else than single steps")
+            if not (isinstance(line["steps"], int) and line["steps"] >= 1 and isinstance(line["first_step"], int)):
+                raise ValueError("leases no steps")
+        if kind == "lease_close":
+            lease = self._lines[-1]
+            if lease["kind"] != "lease" or not 0 <= line["used"] <= lease["steps"]:
+                raise ValueError("closes no lease")
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    """Sorted keys, no blanks, shortest round-trip floats."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _digest(line: dict[str, Any]) -> str:
+    return hashlib.sha256(_DOMAIN + _canonical(line)).hexdigest()
