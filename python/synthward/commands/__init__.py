@@ -1,0 +1,1 @@
+"""The commands of the command line, one file each; they import heavy modules only when they run."""

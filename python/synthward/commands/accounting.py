@@ -1,0 +1,70 @@
+"""``synthward account`` and ``synthward ledger``: what a mechanism costs, and what a run has spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synthward.commands.common import Json, budget_line, emit, interruptible
+
+
+@interruptible("run the command again")
+def account(
+    noise_multiplier: Annotated[
+        float | None, typer.Option("--noise-multiplier", help="Noise over sensitivity.")
+    ] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option("--sample-rate", help="Poisson probability per unit and step.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Number of steps.")] = None,
+    delta: Annotated[float | None, typer.Option("--delta", help="Failure probability.")] = None,
+    target_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--target-epsilon", help="Solve for the one of noise, rate and steps that is not given."
+        ),
+    ] = None,
+    accountant: Annotated[str, typer.Option("--accountant", help="pld, rdp or prv.")] = "pld",
+    json: Json = False,
+) -> None:
+    """Epsilon of a DP-SGD run, or the noise, rate or steps that a target epsilon allows."""
+    from synthward.commands.account import account as solve
+    from synthward.engine.errors import ConfigError
+
+    if delta is None:
+        raise ConfigError("--delta: is missing; give a number well below 1 / patients, for example 1e-6")
+    result = solve(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=steps,
+        delta=delta,
+        target_epsilon=target_epsilon,
+        accountant=accountant,
+    )
+    emit(result, _lines(result), as_json=json)
+
+
+@interruptible("run the command again")
+def ledger(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    json: Json = False,
+) -> None:
+    """Verify a run's ledger and show what was spent."""
+    from synthward.commands.ledger import show_ledger
+
+    result = show_ledger(run)
+    budget = budget_line(result["epsilon"], result["delta"], result["unit"], private=result["private"])
+    emit(result, [*_lines(result), budget], as_json=json)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """One `name: value` line per fact; lists (events) one line per item."""
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, (list, tuple)):
+            lines += [f"{name}:", *(f"  {item}" for item in value)]
+        else:
+            lines.append(f"{name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+    return lines

@@ -1,0 +1,69 @@
+"""What the commands share: options, output, interruption."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+class Interrupted(Exception):
+    """The user broke off a command; the text says how to go on."""
+
+
+def interruptible(advice: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Turns Ctrl-C inside a command into `Interrupted` with advice (the parser would only exit)."""
+
+    def wrap(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                raise Interrupted(advice) from None
+
+        return run
+
+    return wrap
+
+
+def emit(result: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
+    """Print a command's result: one JSON object, or lines for people."""
+    text = json.dumps(json_ready(result), allow_nan=False) if as_json else "\n".join(lines)
+    print(text)
+
+
+def json_ready(value: Any) -> Any:
+    """Paths as text; infinity as ``"inf"`` and NaN as null, which JSON has no numbers for."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def remark(text: str) -> None:
+    """One line for the user, on standard error."""
+    print(f"synthward: {text}", file=sys.stderr, flush=True)
+
+
+def budget_line(epsilon: float, delta: float, unit: str, *, private: bool) -> str:
+    """The budget in words; a seeded run is never shown without what it is."""
+    spent = f"epsilon spent: {epsilon:.4g} at delta {delta:g}, privacy unit: {unit}"
+    return spent if private else f"{spent} (REPRODUCIBLE, NOT PRIVATE: the noise follows from the seed)"
