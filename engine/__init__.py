@@ -1,7 +1,4 @@
-"""DP-SGD on torch: capture, clipping, noise, sampling, accounting, ledger.
-
-Names load on first use, so that accounting alone does not import torch.
-"""
+"""DP-SGD on torch: capture, clipping, noise, sampling, accounting, ledger."""
 
 from __future__ import annotations
 
@@ -10,26 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from synthward.engine.keys import KeySchedule as KeySchedule
+    from synthward.engine.layout import Layout as Layout
     from synthward.engine.ledger import Ledger as Ledger
     from synthward.engine.plan import PrivacyPlan as PrivacyPlan
     from synthward.engine.queries import QueryMechanism as QueryMechanism
     from synthward.engine.sampling import PoissonSampler as PoissonSampler
     from synthward.engine.sampling import physical_batches as physical_batches
+    from synthward.engine.spec import ClipSpec as ClipSpec
+    from synthward.engine.spec import NoiseSpec as NoiseSpec
+    from synthward.engine.spec import SamplingSpec as SamplingSpec
+    from synthward.engine.step import DPStep as DPStep
     from synthward.engine.trainer import PrivateTrainer as PrivateTrainer
 
-_ROOMS = {
+# Found on first use, so that accounting alone never loads torch.
+_HOMES = {
+    "ClipSpec": "spec",
+    "DPStep": "step",
     "KeySchedule": "keys",
+    "Layout": "layout",
     "Ledger": "ledger",
-    "PrivacyPlan": "plan",
-    "QueryMechanism": "queries",
+    "NoiseSpec": "spec",
     "PoissonSampler": "sampling",
-    "physical_batches": "sampling",
+    "PrivacyPlan": "plan",
     "PrivateTrainer": "trainer",
+    "QueryMechanism": "queries",
+    "SamplingSpec": "spec",
+    "physical_batches": "sampling",
 }
-__all__ = list(_ROOMS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    home = _HOMES.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -10,14 +10,14 @@ from synthward.engine.spec import ClipSpec
 UNIT_ROUNDOFF = 2.0**-24
 
 
-def rounding_slack(longest: int) -> float:
-    """Bound gamma on the relative rounding error of a squared norm whose longest inner sum has `longest` terms.
+def rounding_slack(longest: int, uses: int) -> float:
+    """Bound gamma on the relative rounding error of a unit's squared norm.
 
     A sum of n products in fp32, added in any order, is off by at most n u of the sum of magnitudes (Higham 2002,
-    section 3.1). Two such sums are multiplied (activations, output gradients), a few dozen parameters added, and
-    the clipped contribution itself is rounded: 2 n + 64 units in all.
+    section 3.1). Two inner sums of at most `longest` terms are multiplied (activations, output gradients), `uses`
+    such terms are added, and a few single roundings follow, those of the clipped contribution itself included.
     """
-    return (2 * longest + 64) * UNIT_ROUNDOFF
+    return (2 * longest + uses + 16) * UNIT_ROUNDOFF
 
 
 def clip_factors(

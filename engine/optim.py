@@ -1,142 +1,236 @@
-"""Noise and update: the fused kernels for SGD, Adam and AdamW, one in-place kernel for any other optimizer."""
+"""The optimizer update on flat buffers: noise and Adam, AdamW or SGD in one pass, or any torch optimizer after it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from synthward.engine.buffers import FlatBuffers
-from synthward.engine.errors import ConfigError
+from synthward.engine.errors import CheckpointError
+from synthward.engine.flat import FlatParameters
 from synthward.kernels import add_gaussian_noise_, noisy_adam_, noisy_sgd_
 
-NOISE_STREAM = 0
-_NEVER_FUSED = ("maximize", "amsgrad", "differentiable")
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one logical step: stream coordinates and standard deviation; never used twice."""
+
+    key: bytes
+    stream: int
+    step: int
+    std: float
+
+    def __repr__(self) -> str:
+        return f"Noise(stream={self.stream}, step={self.step}, std={self.std})"
 
 
-class Updater:
-    """Applies one logical step: noise on the flat sum, division by the public batch size, optimizer update."""
+class Updater(Protocol):
+    """Applies ``(summed_grad + noise) * grad_scale`` and leaves `summed_grad` at zero."""
 
-    def __init__(self, optimizer: Optimizer, buffers: FlatBuffers) -> None:
-        self.optimizer, self.buffers = optimizer, buffers
-        self.updates = 0
-        self.moments: dict[str, Tensor] = {}
-        self.is_fused = type(optimizer) in (SGD, Adam, AdamW) and not any(
-            group.get(flag) for group in optimizer.param_groups for flag in _NEVER_FUSED
-        )
-        if self.is_fused and optimizer.state:
-            raise ConfigError("optimizer: was stepped before it was made private; give a fresh one")
-        if self.is_fused and type(optimizer) is not SGD:
-            self._share_moments("exp_avg", "exp_avg_sq")
+    def update(self, noise: Noise, grad_scale: float) -> None: ...
 
-    def apply(self, *, key: bytes, step: int, noise_std: float, grad_scale: float) -> None:
-        """Noise of logical ``step`` and the update; the sum is zero afterwards."""
-        self.updates += 1
-        if not self.is_fused:
-            self._apply_other(key, step, noise_std, grad_scale)
+    def export_state(self) -> None:
+        """Write the moments into the torch optimizer's own state."""
+
+    def import_state(self) -> None:
+        """Read the moments from the torch optimizer's own state."""
+
+
+def make_updater(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Updater:
+    """The fused update for plain Adam, AdamW and SGD, else the optimizer's own step on the noised mean."""
+    updater: Updater
+    kind = type(optimizer)
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and _plain(optimizer, ("amsgrad",)):
+        updater = FusedAdam(flat, optimizer)
+    elif kind is torch.optim.SGD and _plain(optimizer, ()):
+        updater = FusedSgd(flat, optimizer)
+    else:
+        return TorchUpdate(flat, optimizer)
+    updater.import_state()
+    return updater
+
+
+def _plain(optimizer: torch.optim.Optimizer, flags: tuple[str, ...]) -> bool:
+    never = (*flags, "maximize", "capturable", "differentiable")
+    return not any(group.get(flag) for group in optimizer.param_groups for flag in never)
+
+
+def _ranges(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(start, end, group) of each optimizer group that has coordinates; groups are read anew in each step."""
+    for (start, end), group in zip(flat.group_ranges, optimizer.param_groups, strict=True):
+        if end > start:
+            yield start, end, group
+
+
+class FusedAdam:
+    """`torch.optim.Adam` and `AdamW` with the noise made in registers (Kingma and Ba 2015; Loshchilov and Hutter 2019)."""
+
+    def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
+        self._flat, self._optimizer = flat, optimizer
+        self._exp_avg = torch.zeros_like(flat.data)
+        self._exp_avg_sq = torch.zeros_like(flat.data)
+        self._updates = 0
+
+    def update(self, noise: Noise, grad_scale: float) -> None:
+        self._updates += 1
+        flat = self._flat
+        for start, end, group in _ranges(flat, self._optimizer):
+            decoupled = isinstance(self._optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+            beta1, beta2 = group["betas"]
+            noisy_adam_(
+                flat.data[start:end],
+                flat.summed_grad[start:end],
+                self._exp_avg[start:end],
+                self._exp_avg_sq[start:end],
+                key=noise.key,
+                stream=noise.stream,
+                step=noise.step,
+                start=start,
+                noise_std=noise.std,
+                grad_scale=grad_scale,
+                lr=float(group["lr"]),
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                decoupled=decoupled,
+                adam_step=self._updates,
+            )
+
+    def export_state(self) -> None:
+        if self._updates == 0:
             return
-        for group in self.optimizer.param_groups:
-            part = self._group_slice(group)
-            common = {
-                "key": key,
-                "stream": NOISE_STREAM,
-                "step": step,
-                "start": part.start,
-                "noise_std": noise_std,
-                "grad_scale": grad_scale,
-                "lr": float(group["lr"]),
-                "weight_decay": float(group["weight_decay"]),
-            }
-            if isinstance(self.optimizer, SGD):
-                self._apply_sgd(group, part, common)
-            else:
-                self._apply_adam(group, part, common)
+        for span in self._flat:
+            state = self._optimizer.state[span.parameter]
+            state["step"] = torch.tensor(float(self._updates))
+            state["exp_avg"] = span.view(self._exp_avg).clone()
+            state["exp_avg_sq"] = span.view(self._exp_avg_sq).clone()
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors of the update's state: parameters, moments, number of updates."""
-        tensors = {"parameters": self.buffers.parameters.clone(), "updates": torch.tensor(self.updates)}
-        tensors |= {name: value.clone() for name, value in self.moments.items()}
-        if not self.is_fused:
-            for index, state in self.optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).clone()
-        return tensors
+    def import_state(self) -> None:
+        self._exp_avg.zero_()
+        self._exp_avg_sq.zero_()
+        self._updates = 0
+        for span in self._flat:
+            state = self._optimizer.state.get(span.parameter)
+            if state:
+                span.view(self._exp_avg).copy_(state["exp_avg"])
+                span.view(self._exp_avg_sq).copy_(state["exp_avg_sq"])
+                self._updates = max(self._updates, int(state["step"]))
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-        with torch.no_grad():
-            self.buffers.parameters.copy_(tensors["parameters"])
-        self.updates = int(tensors["updates"])
-        if self.is_fused:
-            for name in tensors:
-                if name in ("momentum_buffer",) and name not in self.moments:
-                    self._share_moments(name)
-            for name, value in self.moments.items():
-                value.copy_(tensors[name])
-            return
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value.clone()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _group_slice(self, group: dict[str, Any]) -> slice:
-        """The group's contiguous part of the flat buffers (which are laid out group by group)."""
-        parts = [self.buffers.slices[id(p)] for p in group["params"] if id(p) in self.buffers.slices]
-        return slice(parts[0].start, parts[-1].stop) if parts else slice(0, 0)
+class FusedSgd:
+    """`torch.optim.SGD` with the noise made in registers."""
 
-    def _share_moments(self, *names: str) -> None:
-        """Moments as flat buffers whose views stand in the optimizer's own state."""
-        for name in names:
-            self.moments[name] = torch.zeros_like(self.buffers.parameters)
-            for (_, parameter), view in zip(
-                self.buffers.named, self.buffers.views(self.moments[name]).values(), strict=True
-            ):
-                self.optimizer.state[parameter][name] = view
+    def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
+        self._flat, self._optimizer = flat, optimizer
+        self._momentum: Tensor | None = None
+        self._is_first = True
 
-    def _apply_adam(self, group: dict[str, Any], part: slice, common: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        noisy_adam_(
-            self.buffers.parameters[part],
-            self.buffers.summed[part],
-            self.moments["exp_avg"][part],
-            self.moments["exp_avg_sq"][part],
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            decoupled=isinstance(self.optimizer, AdamW) or bool(group.get("decoupled_weight_decay")),
-            adam_step=self.updates,
-            **common,
-        )
+    def update(self, noise: Noise, grad_scale: float) -> None:
+        flat = self._flat
+        for start, end, group in _ranges(flat, self._optimizer):
+            momentum = float(group["momentum"])
+            buffer = self._buffer()[start:end] if momentum else None
+            noisy_sgd_(
+                flat.data[start:end],
+                flat.summed_grad[start:end],
+                buffer,
+                key=noise.key,
+                stream=noise.stream,
+                step=noise.step,
+                start=start,
+                noise_std=noise.std,
+                grad_scale=grad_scale,
+                lr=float(group["lr"]),
+                momentum=momentum,
+                dampening=float(group["dampening"]),
+                nesterov=bool(group["nesterov"]),
+                weight_decay=float(group["weight_decay"]),
+                first_step=self._is_first,
+            )
+        self._is_first = False
 
-    def _apply_sgd(self, group: dict[str, Any], part: slice, common: dict[str, Any]) -> None:
-        momentum = float(group["momentum"])
-        if momentum and "momentum_buffer" not in self.moments:
-            self._share_moments("momentum_buffer")
-        noisy_sgd_(
-            self.buffers.parameters[part],
-            self.buffers.summed[part],
-            self.moments["momentum_buffer"][part] if momentum else None,
-            momentum=momentum,
-            dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]),
-            first_step=self.updates == 1,
-            **common,
-        )
+    def _buffer(self) -> Tensor:
+        if self._momentum is None:
+            self._momentum = torch.zeros_like(self._flat.data)
+        return self._momentum
 
-    def _apply_other(self, key: bytes, step: int, noise_std: float, grad_scale: float) -> None:
-        if noise_std:
-            add_gaussian_noise_(self.buffers.summed, key=key, stream=NOISE_STREAM, step=step, noise_std=noise_std)
-        self.buffers.summed.mul_(grad_scale)
-        for _, parameter in self.buffers.named:
-            parameter.grad = self.buffers.sums[id(parameter)]
+    def export_state(self) -> None:
+        if self._momentum is not None and not self._is_first:
+            for span in self._flat:
+                self._optimizer.state[span.parameter]["momentum_buffer"] = span.view(self._momentum).clone()
+
+    def import_state(self) -> None:
+        self._momentum, self._is_first = None, True
+        for span in self._flat:
+            state = self._optimizer.state.get(span.parameter)
+            if state and state.get("momentum_buffer") is not None:
+                span.view(self._buffer()).copy_(state["momentum_buffer"])
+                self._is_first = False
+
+
+class TorchUpdate:
+    """Any other torch optimizer: it is given the noised mean as ``.grad`` and takes its own step."""
+
+    def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
+        self._flat, self._optimizer = flat, optimizer
+
+    def update(self, noise: Noise, grad_scale: float) -> None:
+        flat = self._flat
+        if noise.std:
+            add_gaussian_noise_(
+                flat.summed_grad, key=noise.key, stream=noise.stream, step=noise.step, noise_std=noise.std
+            )
+        flat.summed_grad.mul_(grad_scale)
+        for span, total in zip(flat, flat.sums, strict=True):
+            span.parameter.grad = total
         try:
-            self.optimizer.step()
+            self._optimizer.step()
         finally:
-            for _, parameter in self.buffers.named:
-                parameter.grad = None
-            self.buffers.summed.zero_()
+            for span in flat:
+                span.parameter.grad = None
+            flat.summed_grad.zero_()
+
+    def export_state(self) -> None:
+        """The state is the optimizer's own already."""
+
+    def import_state(self) -> None:
+        """The state is the optimizer's own already."""
+
+
+def optimizer_tensors(flat: FlatParameters, optimizer: torch.optim.Optimizer, updater: Updater) -> dict[str, Tensor]:
+    """Copies of the optimizer's state as ``"<entry>.<parameter name>"``; numbers become 0-dim tensors.
+
+    Raises:
+        CheckpointError: an entry that is neither tensor nor number.
+    """
+    updater.export_state()
+    tensors: dict[str, Tensor] = {}
+    for span in flat:
+        for entry, value in optimizer.state.get(span.parameter, {}).items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor | int | float):
+                raise CheckpointError(
+                    f"optimizer {type(optimizer).__name__} keeps {entry!r} as {type(value).__name__}; "
+                    "only tensors and numbers can be saved"
+                )
+            tensors[f"{entry}.{span.name}"] = torch.as_tensor(value).detach().clone().contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    flat: FlatParameters, optimizer: torch.optim.Optimizer, updater: Updater, tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`."""
+    names = {span.name: span for span in flat}
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        entry, _, name = key.partition(".")
+        if name not in names:
+            raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which is no parameter of the module")
+        optimizer.state[names[name].parameter][entry] = value.detach().clone()
+    updater.import_state()

@@ -1,0 +1,64 @@
+"""A probe that units do not mix: the gradient of one unit's loss must vanish in the rows of all others.
+
+Shapes alone can not tell a batch axis from a time axis of the same length, nor a mean over the batch from one over
+features. So the first backward passes of each pattern of calls are preceded by one of a single unit's loss; it
+inspects which entries are exactly zero, and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synthward.engine.capture import CaptureState
+from synthward.engine.errors import UnsupportedOperationError
+from synthward.engine.layout import Layout
+from synthward.engine.rules.families import DiagonalUse, Use
+
+# A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
+_ATTEMPTS = 8
+
+Pattern = tuple[tuple[str, tuple[int | None, ...], int], ...]
+
+
+class IndependenceProbe:
+    """Decides when to probe and remembers which patterns of calls were found independent."""
+
+    def __init__(self, state: CaptureState) -> None:
+        self._state = state
+        self._attempts: dict[Pattern, int] = {}
+
+    def check(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> None:
+        """Probe if the pattern of calls is new. `outputs` depend on captured calls; `weights` pick unit `unit`'s.
+
+        Raises:
+            UnsupportedOperationError: another unit's rows took part in this unit's loss.
+        """
+        rows = layout.num_rows
+        if layout.num_units < 2 or rows == 0:
+            return
+        pattern: Pattern = tuple((op, positions, leading // rows) for op, positions, leading in self._state.calls)
+        if self._attempts.get(pattern, 0) >= _ATTEMPTS:
+            return
+        torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
+        has_power = True
+        for item in self._state.take():
+            for position, use in item.uses:
+                if item.leading % rows:
+                    continue  # refused by name when it is accumulated
+                grads = _grads(use)
+                is_own = layout.expand(use.rows // rows).row_units == unit
+                # NaN is not evidence: 0 * inf in another unit's rows gives it.
+                touched = ((grads != 0) & ~grads.isnan()).any(1)
+                has_power = has_power and bool((grads != 0).any(1)[is_own].any())
+                if bool((touched & ~is_own).any()):
+                    raise UnsupportedOperationError(
+                        f"parameter {self._state.name(position)!r} in operation {item.operation!r}: units mix. One unit's "
+                        "loss depends on rows of other units there (a statistic or attention over the batch, an input that "
+                        "all rows share, or a batch axis that is not the first)"
+                    )
+        self._attempts[pattern] = _ATTEMPTS if has_power else self._attempts.get(pattern, 0) + 1
+
+
+def _grads(use: Use) -> Tensor:
+    return use.grads if isinstance(use, DiagonalUse) else use.output_grads

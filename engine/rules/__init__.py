@@ -1,0 +1,1 @@
+"""Per-layer maths: which captured call belongs to which family of per-unit gradients."""

@@ -1,0 +1,80 @@
+"""LayerNorm: the diagonal family, the scale with the normalised input as factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from synthward.engine.capture import CaptureState, Kept
+from synthward.engine.rules.families import DiagonalUse, Use
+
+
+class _LayerNorm(torch.autograd.Function):
+    """``F.layer_norm`` whose backward gives the input gradient alone and keeps what the weights would need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shape: list[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        anchor: Tensor,
+        state: CaptureState,
+        call: Any,
+    ) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.shape, ctx.state, ctx.call = shape, state, call
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        weight_at, bias_at, leading, forward = ctx.call
+        width = mean.new_empty(ctx.shape).numel()
+        grad = grad.contiguous()
+        g = grad.reshape(-1, width).float()
+        uses: list[tuple[int, Use]] = []
+        if weight_at is not None:
+            normalised = ((x.detach() - mean) * rstd).reshape(-1, width).float().contiguous()
+            uses.append((weight_at, DiagonalUse(g, normalised)))
+        if bias_at is not None:
+            uses.append((bias_at, DiagonalUse(g)))
+        ctx.state.keep(Kept("layer_norm", leading, forward, uses))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.native_layer_norm_backward(
+                grad, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        return grad_x, None, None, None, None, ctx.state.anchor_grad, None, None
+
+
+def layer_norm(
+    state: CaptureState,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Handler of ``torch.nn.functional.layer_norm``; input [rows, ..., *normalized_shape]."""
+    state.refuse_tracked(input, "layer_norm")
+    weight_at, bias_at = state.position(weight), state.position(bias)
+    if weight_at is None and bias_at is None:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    state.refuse_computed(weight, weight_at, bias, "layer_norm")
+    state.refuse_computed(bias, bias_at, weight, "layer_norm")
+    shape = [int(n) for n in normalized_shape]
+    if input.dim() <= len(shape):
+        state.refuse(weight if weight_at is not None else bias, "layer_norm", "its input has no batch axis")
+    call = state.call("layer_norm", (weight_at, bias_at), input.shape[0])
+    result: Tensor = _LayerNorm.apply(input, shape, weight, bias, eps, state.anchor, state, call)
+    return result

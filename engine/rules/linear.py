@@ -1,0 +1,56 @@
+"""Linear: the outer family for the weight, the diagonal family for the bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from synthward.engine.capture import CaptureState, Kept
+from synthward.engine.rules.families import DiagonalUse, OuterUse, Use
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` whose backward gives the input gradient alone and keeps what the weights would need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, state: CaptureState, call: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.state, ctx.call = state, call
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        weight_at, bias_at, leading, forward = ctx.call
+        g = grad.reshape(-1, grad.shape[-1]).float().contiguous()
+        uses: list[tuple[int, Use]] = []
+        if weight_at is not None:
+            a = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+            uses.append((weight_at, OuterUse(a, g)))
+        if bias_at is not None:
+            uses.append((bias_at, DiagonalUse(g)))
+        ctx.state.keep(Kept("linear", leading, forward, uses))
+        grad_x = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, ctx.state.anchor_grad, None, None
+
+
+def linear(state: CaptureState, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Handler of ``torch.nn.functional.linear``; input [rows, ..., d]."""
+    state.refuse_tracked(input, "linear")
+    weight_at, bias_at = state.position(weight), state.position(bias)
+    if weight_at is None and bias_at is None:
+        return F.linear(input, weight, bias)
+    state.refuse_computed(weight, weight_at, bias, "linear")
+    state.refuse_computed(bias, bias_at, weight, "linear")
+    if input.dim() < 2:
+        state.refuse(weight if weight_at is not None else bias, "linear", "its input has no batch axis")
+    call = state.call("linear", (weight_at, bias_at), input.shape[0])
+    result: Tensor = _Linear.apply(input, weight, bias, state.anchor, state, call)
+    return result
