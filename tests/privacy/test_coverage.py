@@ -63,7 +63,7 @@ def test_an_odd_use_of_a_parameter_is_refused_by_name_or_exact(name):
         assert np.array_equal(before, flat_parameters(module)), "a refused step must not move parameters"
         return
     expected = clipped_sum(per_unit_gradients(case.module(), unit_loss, units), 0.05)
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["matmul", "einsum", "prelu"])
@@ -93,7 +93,7 @@ def test_a_convolution_is_refused_or_exact():
         assert "1.weight" in str(error) and "conv1d" in str(error)
         return
     expected = clipped_sum(per_unit_gradients(case.module(), unit_loss, units), 1.0)
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 class Tied(nn.Module):
@@ -121,7 +121,7 @@ def test_a_tied_weight_is_refused_or_exact():
         assert "table.weight" in str(error)
         return
     expected = clipped_sum(per_unit_gradients(case.module(), unit_loss, units), 0.1)
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"padding_idx": 2}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}])
@@ -143,7 +143,7 @@ def test_embedding_options_are_refused_or_exact(options):
         return
     assert "padding_idx" in options, f"{options} must be refused"
     expected = clipped_sum(per_unit_gradients(case.module(), unit_loss, units), 0.1)
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_gradient_from_outside_the_capture_cannot_reach_the_parameters():
     except PrivacyError:
         assert np.array_equal(before, flat_parameters(module))
         return
-    np.testing.assert_allclose(before - flat_parameters(module), clipped, atol=1e-5)
+    np.testing.assert_allclose(before - flat_parameters(module), clipped, atol=1e-4)
 
 
 def test_a_step_without_any_private_backward_does_not_apply_raw_gradients():
