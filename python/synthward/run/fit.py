@@ -175,7 +175,11 @@ def _fit_encoder(folder: RunFolder, train: Records, keys: KeySchedule, ledger: L
 def _read_training_records(
     data: Path, schema: Schema, holdout: float, salt: str, progress: Progress
 ) -> Records:
-    records = read_records(data, schema, progress=progress)
+    task = progress.task("read")
+    try:
+        records = read_records(data, schema, progress=task.at)
+    finally:
+        task.close()
     train = split_records(records, holdout_fraction=holdout, salt=salt)[0] if holdout else records
     if train.num_units == 0:
         raise ConfigError(f"{data}: no record is left to train on after holding out {holdout:.0%}; lower --holdout")

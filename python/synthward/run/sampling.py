@@ -100,25 +100,30 @@ def sample_run(
     generator = folder.load_generator(encoder)
     sampler = CohortSampler(schema, encoder, generator, parse_where(where, schema) if where else None)
     out = Path(out)
-    seed = _settle_seed(out, folder.info["run_id"], where, seed, resume=resume)
-    writer = CohortWriter(out, schema, resume=resume, run_id=folder.info["run_id"], overwrite=overwrite)
+    request = json.dumps([folder.info["run_id"], rows, where])
+    seed = _settle_seed(out, request, seed, resume=resume)
     task = (progress or NullProgress()).task("sample", rows)
     try:
-        task.advance(min(writer.rows_done, rows))
-        for columns in _remaining(sampler, seed, writer.rows_done, rows):
-            batch = to_arrow(schema, columns)
-            writer.write(batch)
-            task.advance(batch.num_rows)
-        writer.close(_metadata(folder))
+        with CohortWriter(out, schema, resume=resume, run_id=request, overwrite=overwrite) as writer:
+            write_atomic(_seed_file(out), json.dumps({"request": request, "seed": seed}).encode())
+            task.advance(min(writer.rows_done, rows))
+            for columns in _remaining(sampler, seed, writer.rows_done, rows):
+                batch = to_arrow(schema, columns)
+                writer.write(batch)
+                task.advance(batch.num_rows)
+            writer.close(_metadata(folder))
     finally:
         task.close()
-    _seed_file(out).unlink(missing_ok=True)
+        if not out.with_name(out.name + ".parts").exists():
+            _seed_file(out).unlink(missing_ok=True)
     return {"rows": rows, "out": str(out), "run_id": folder.info["run_id"], "epsilon": folder.info["epsilon"]}
 
 
 def _remaining(sampler: CohortSampler, seed: int, done: int, rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Chunks still to be written; ``done`` rows are whole chunks, because a chunk is written at once."""
     index = done // CHUNK_ROWS
+    if done >= rows:
+        return
     while index * CHUNK_ROWS < rows:
         size = min(CHUNK_ROWS, rows - index * CHUNK_ROWS)
         columns = sampler.chunk(seed, index)
@@ -126,21 +131,15 @@ def _remaining(sampler: CohortSampler, seed: int, done: int, rows: int) -> Itera
         index += 1
 
 
-def _settle_seed(out: Path, run_id: str, where: str | None, seed: int | None, *, resume: bool) -> int:
-    """The sampling seed, kept beside the unfinished output so that a resumed cohort continues the same rows."""
-    file, settings = _seed_file(out), {"run_id": run_id, "where": where}
+def _settle_seed(out: Path, request: str, seed: int | None, *, resume: bool) -> int:
+    """The sampling seed, kept beside an unfinished output so that a resumed cohort continues the same rows."""
+    file = _seed_file(out)
     if resume and file.is_file():
         kept = json.loads(file.read_text())
-        if {k: kept[k] for k in settings} != settings or seed not in (None, kept["seed"]):
-            raise OutputError(f"{out}: was begun with another run, --where or --seed; resume with the same ones")
+        if kept["request"] != request or seed not in (None, kept["seed"]):
+            raise OutputError(f"{out}: was begun with another run, --rows, --where or --seed; resume with the same")
         return int(kept["seed"])
-    if out.exists() and not resume:
-        # The writer decides about existing outputs; nothing is left beside one that it refuses.
-        return seed if seed is not None else secrets.randbits(62)
-    chosen = seed if seed is not None else secrets.randbits(62)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps({**settings, "seed": chosen}).encode())
-    return chosen
+    return seed if seed is not None else secrets.randbits(62)
 
 
 def _seed_file(out: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from synthward.encoding import Encoded, TableEncoder
 from synthward.engine import KeySchedule, Ledger, PoissonSampler, PrivacyPlan, PrivateTrainer, physical_batches
 from synthward.engine.accounting import PoissonGaussianEvent, epsilon_curve
 from synthward.generators import Batch
-from synthward.progress import Progress
+from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FILE, MODEL_FILE, RunFolder, draw_context
 
 # Steps paid for at once. A kill loses at most the steps of one lease: they stay charged and are not repeated.
@@ -54,6 +55,7 @@ class Training:
         spent = self._charged_steps()
         # Steps that were charged but died with their process are not taken again: the budget is spent.
         step = max(step, spent)
+        self.trainer.advance_to(step)
         epsilons = self._epsilons()
         task = self.progress.task("fit", self.plan.steps)
         try:
@@ -66,7 +68,7 @@ class Training:
         self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
         (self.folder.path / CHECKPOINT_FILE).unlink(missing_ok=True)
 
-    def _lease(self, first: int, task: object, epsilons: object) -> int:
+    def _lease(self, first: int, task: Task, epsilons: Callable[[int], float]) -> int:
         """Pay for a run of steps, take them, keep a checkpoint; returns the step after them."""
         count = min(LEASE_STEPS, self.plan.steps - first)
         event = PoissonGaussianEvent(
@@ -114,7 +116,7 @@ class Training:
     def _charged_steps(self) -> int:
         return sum(e.steps for e in self.ledger.events() if isinstance(e, PoissonGaussianEvent))
 
-    def _epsilons(self) -> object:
+    def _epsilons(self) -> Callable[[int], float]:
         """Epsilon after a number of steps, for display: interpolated between a few accounted points."""
         info = self.folder.info
         others = [e for e in self.ledger.events() if not isinstance(e, PoissonGaussianEvent)]
