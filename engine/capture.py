@@ -120,7 +120,9 @@ class CaptureMode(TorchFunctionMode):
         check = self._checks.get(func)
         if check is not None:
             check(*args, **kwargs)
-        touched = self._touched(args) or (self._touched(kwargs.values()) if kwargs else None)
+        touched = self._touched(args)
+        if touched is None and kwargs:
+            touched = self._touched(kwargs.values())
         out = func(*args, **kwargs)
         if touched is not None and torch.is_grad_enabled() and _carries_gradient(func, out):
             name = getattr(func, "__name__", str(func)).strip("_")

@@ -63,7 +63,6 @@ class PrivateTrainer:
         self._probe = IndependenceProbe(self._step.state)
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._steps_done = 0
-        self._ledger_step = 0
 
     @property
     def steps_done(self) -> int:
@@ -131,7 +130,6 @@ class PrivateTrainer:
         self._check_ledger()
         self._step.release()
         self._steps_done += 1
-        self._ledger_step += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters, moments and step counter as a flat dictionary of tensors (copies); no key, no sum.
@@ -147,7 +145,12 @@ class PrivateTrainer:
         """Continue from `state_dict`; noise goes on with keys and counters that were never used."""
         self._step.discard()
         self._steps_done = restore_tensors(self._step, tensors)
-        self._ledger_step = self._steps_done
+
+    def advance_to(self, step: int) -> None:
+        """Count steps as taken that were charged but died with their process; the budget does not pay for them twice."""
+        if step < self._steps_done:
+            raise PrivacyError(f"advance_to: step {step} lies before step {self._steps_done}, which was taken already")
+        self._steps_done = step
 
     def _layout(self, losses: Tensor, rows_per_unit: int | None, offsets: Tensor | None) -> Layout:
         if losses.dim() != 1:
@@ -176,17 +179,8 @@ class PrivateTrainer:
         self._probe.check(losses, weights, unit, layout)
 
     def _check_ledger(self) -> None:
-        if self.ledger is None:
-            return
-        event = self.plan.event(1)
-        if self.ledger.covers(self._ledger_step, event):
-            return
-        # After a crash the steps of a lost lease stay charged and are not taken: numbering goes on behind them.
-        leases = [line for line in self.ledger.lines if line["kind"] == "lease"]
-        first = int(leases[-1]["first_step"]) if leases else -1
-        if first <= self._ledger_step or not self.ledger.covers(first, event):
+        if self.ledger is not None and not self.ledger.covers(self._steps_done, self.plan.event(1)):
             raise LedgerError(
-                f"no open lease of the ledger covers step {self._ledger_step} of this plan "
+                f"no open lease of the ledger covers step {self._steps_done} of this plan "
                 f"(rate {self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease first"
             )
-        self._ledger_step = first
