@@ -33,7 +33,9 @@ def records_path() -> Path:
     return file
 
 
-def run_job(records: Records, data: Path, options: FitOptions, epsilon: float, delta: float, out: Path) -> dict[str, Any]:
+def run_job(
+    records: Records, data: Path, options: FitOptions, epsilon: float, delta: float, out: Path
+) -> dict[str, Any]:
     """One generator's figures and times."""
     schema = records.schema
     begin = time.perf_counter()
@@ -48,14 +50,22 @@ def run_job(records: Records, data: Path, options: FitOptions, epsilon: float, d
     with folder.open_ledger() as ledger:
         spent = epsilon_of(ledger.events(), delta, folder.info["accountant"])
     result = evaluate_records(
-        schema, train, held, synthetic, privacy={"epsilon": spent, "delta": delta}, settings={}, epsilon_curve=[]
+        schema,
+        train,
+        held,
+        synthetic,
+        privacy={"epsilon": spent, "delta": delta},
+        settings={},
+        epsilon_curve=[],
     )
     compared = result.comparison
     assert compared is not None
     return {
         "epsilon_spent": spent,
         "delta": delta,
-        "plan": {k: folder.info[k] for k in ("sample_rate", "noise_multiplier", "query_noise_multiplier", "steps")},
+        "plan": {
+            k: folder.info[k] for k in ("sample_rate", "noise_multiplier", "query_noise_multiplier", "steps")
+        },
         "settings": folder.info["settings"],
         "rows_sampled": facts["rows"],
         "seconds": {"fit": round(fitted - begin, 1), "sample": round(sampled - fitted, 1)},

@@ -137,7 +137,13 @@ def measure(name: str, units: int, rounds: int, peers: bool) -> dict[str, Any]:
             low, high = ratios[len(ratios) // 5], ratios[4 * len(ratios) // 5]
             rows[variant][f"ratio_to_{key}_p20_p80"] = [round(low, 4), round(high, 4)]
     parameters = sum(p.numel() for p in base.parameters())
-    return {"shape": shape, "units": units, "rows_per_unit": ROWS_PER_UNIT, "parameters": parameters, "steps": rows}
+    return {
+        "shape": shape,
+        "units": units,
+        "rows_per_unit": ROWS_PER_UNIT,
+        "parameters": parameters,
+        "steps": rows,
+    }
 
 
 def main() -> None:

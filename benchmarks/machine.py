@@ -21,7 +21,9 @@ def describe() -> dict[str, Any]:
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), model)
+        model = next(
+            (x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), model
+        )
     versions = {}
     for name in PACKAGES:
         try:

@@ -69,7 +69,9 @@ class TokenCoder:
         """Level indices (int, -1 missing) to tokens."""
         return self.group[levels.astype(np.int64) + 1]
 
-    def decode(self, tokens: np.ndarray, uniforms: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+    def decode(
+        self, tokens: np.ndarray, uniforms: np.ndarray, allowed: np.ndarray | None = None
+    ) -> np.ndarray:
         """Tokens to level indices (int32, -1 missing), drawing the level inside a token by ``leaf``.
 
         ``allowed`` bool [levels + 1] restricts the levels that may be drawn.
@@ -123,7 +125,9 @@ class ContinuousCoder:
     cdf: np.ndarray
 
     @classmethod
-    def fit(cls, name: str, counts: np.ndarray, noise_std: float, minimum: float, maximum: float) -> ContinuousCoder:
+    def fit(
+        cls, name: str, counts: np.ndarray, noise_std: float, minimum: float, maximum: float
+    ) -> ContinuousCoder:
         weights = np.where(counts > LEAF_DEVIATIONS * noise_std, counts, 0.0)
         if weights.sum() <= 0:
             weights = np.ones_like(weights)

@@ -95,7 +95,11 @@ class TableEncoder:
                 continue
             if column.missing:
                 flag = TokenCoder.fit(
-                    column.name, np.array([counts[0], counts[1:].sum()]), noise_std, ordered=True, missing=True
+                    column.name,
+                    np.array([counts[0], counts[1:].sum()]),
+                    noise_std,
+                    ordered=True,
+                    missing=True,
                 )
                 coders.append(flag)
                 presence.append(len(sizes))

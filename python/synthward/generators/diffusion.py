@@ -44,7 +44,9 @@ class DiffusionGenerator(Generator):
     honours_conditions: ClassVar[bool] = True
     settings: DiffusionSettings
 
-    def __init__(self, layout: Layout, token_mass: np.ndarray, settings: DiffusionSettings | None = None) -> None:
+    def __init__(
+        self, layout: Layout, token_mass: np.ndarray, settings: DiffusionSettings | None = None
+    ) -> None:
         super().__init__(layout, token_mass, settings or DiffusionSettings())
         inputs = layout.vocabulary + 1 + layout.continuous + layout.contexts + 2
         outputs = layout.vocabulary + layout.continuous
@@ -108,8 +110,10 @@ class DiffusionGenerator(Generator):
         scores = torch.randn(rows, layout.continuous, generator=rng)
         penalty = self._penalty(allowed)
         order = self._order(rows, allowed, rng)
-        steps = min(self.settings.sampling_steps, max(layout.tokens, 1)) if not layout.continuous else (
-            self.settings.sampling_steps
+        steps = (
+            min(self.settings.sampling_steps, max(layout.tokens, 1))
+            if not layout.continuous
+            else (self.settings.sampling_steps)
         )
         bounds = np.linspace(0, layout.tokens, steps + 1).round().astype(int)
         for index in range(steps):
@@ -167,7 +171,9 @@ class DiffusionGenerator(Generator):
         spare = torch.randint(columns, (rows, 1), generator=rng)
         return hidden.scatter(1, spare, hidden.gather(1, spare) | none.unsqueeze(1))
 
-    def _inputs(self, tokens: Tensor, hidden: Tensor, scores: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def _inputs(
+        self, tokens: Tensor, hidden: Tensor, scores: Tensor, time: Tensor, context: Tensor
+    ) -> Tensor:
         share = hidden.float().mean(1, keepdim=True) if self.layout.tokens else time
         known = self.one_hot(tokens, hidden)
         # The last cell only collected the hidden tokens; their share is a feature of its own.
@@ -177,7 +183,10 @@ class DiffusionGenerator(Generator):
 
     def _present(self, tokens: Tensor) -> Tensor:
         """Float [rows, continuous]: one where the continuous value is present."""
-        flags = [tokens[:, j] > 0 if j >= 0 else torch.ones(len(tokens), dtype=torch.bool) for j in self.layout.presence]
+        flags = [
+            tokens[:, j] > 0 if j >= 0 else torch.ones(len(tokens), dtype=torch.bool)
+            for j in self.layout.presence
+        ]
         return torch.stack(flags, dim=1).float()
 
     def _penalty(self, allowed: dict[int, Tensor] | None) -> Tensor:
@@ -197,7 +206,9 @@ class DiffusionGenerator(Generator):
         return rank.argsort(dim=1)
 
 
-def _ancestral_step(scores: Tensor, velocity: Tensor, now: float, then: float, rng: torch.Generator) -> Tensor:
+def _ancestral_step(
+    scores: Tensor, velocity: Tensor, now: float, then: float, rng: torch.Generator
+) -> Tensor:
     """One step of the reverse Gaussian path from time ``now`` to ``then`` (deterministic at the last step)."""
     alpha, sigma = math.cos(0.5 * math.pi * now), math.sin(0.5 * math.pi * now)
     clean = (alpha * scores - sigma * velocity).clamp(-4.0, 4.0)

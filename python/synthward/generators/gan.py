@@ -99,7 +99,9 @@ class GanGenerator(Generator):
         for weight, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.grad = grad
         self.optimizer.step()
-        average_into(self.averaged.parameters(), self.network.parameters(), self.settings.ema_decay, self._updates)
+        average_into(
+            self.averaged.parameters(), self.network.parameters(), self.settings.ema_decay, self._updates
+        )
         self._adapt(float((logits < 0).float().mean()))
 
     @torch.no_grad()
@@ -161,7 +163,9 @@ class GanGenerator(Generator):
         perturbed = (logits - torch.log(-torch.log(uniform))) / self.settings.temperature
         share = (perturbed - self.log_normalizers(perturbed)[:, self.column_of_token]).exp()
         hard = self._harden(share.detach())
-        return torch.cat([hard + share - share.detach(), shift + torch.randn(shift.shape, generator=rng)], dim=1)
+        return torch.cat(
+            [hard + share - share.detach(), shift + torch.randn(shift.shape, generator=rng)], dim=1
+        )
 
     def _harden(self, share: Tensor) -> Tensor:
         """One-hot of the largest share per token column, [R, vocabulary]."""

@@ -13,7 +13,9 @@ class ResidualMLP(nn.Module):
     as whatever its caller adds to it.
     """
 
-    def __init__(self, inputs: int, hidden: int, blocks: int, outputs: int, *, zero_head: bool = True) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, blocks: int, outputs: int, *, zero_head: bool = True
+    ) -> None:
         super().__init__()
         self.stem = nn.Linear(inputs, hidden)
         self.norms = nn.ModuleList([nn.LayerNorm(hidden) for _ in range(blocks)])

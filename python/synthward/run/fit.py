@@ -106,7 +106,13 @@ def fit_run(
 
 
 def _resume(
-    folder: RunFolder, data: Path, schema: Schema, epsilon: float, delta: float, options: FitOptions, progress: Progress
+    folder: RunFolder,
+    data: Path,
+    schema: Schema,
+    epsilon: float,
+    delta: float,
+    options: FitOptions,
+    progress: Progress,
 ) -> RunFolder:
     """Go on with an unfinished run: same data and schema, fresh keys, only the steps not charged yet."""
     info = folder.info
@@ -121,7 +127,9 @@ def _resume(
     }
     for name, (then, now) in same.items():
         if then != now:
-            raise ConfigError(f"--resume: the run in {folder.path} was begun with {name} {then!r}, not {now!r}")
+            raise ConfigError(
+                f"--resume: the run in {folder.path} was begun with {name} {then!r}, not {now!r}"
+            )
     holdout = info["holdout"]
     train = _read_training_records(data, schema, holdout["fraction"], holdout["salt"], progress)
     keys = _new_keys(info["seed"])
@@ -182,7 +190,9 @@ def _read_training_records(
         task.close()
     train = split_records(records, holdout_fraction=holdout, salt=salt)[0] if holdout else records
     if train.num_units == 0:
-        raise ConfigError(f"{data}: no record is left to train on after holding out {holdout:.0%}; lower --holdout")
+        raise ConfigError(
+            f"{data}: no record is left to train on after holding out {holdout:.0%}; lower --holdout"
+        )
     return train
 
 

@@ -30,7 +30,9 @@ class RunFolder:
         self.path = Path(path)
         file = self.path / RUN_FILE
         if not file.is_file():
-            raise CheckpointError(f"{self.path}: no run here ({RUN_FILE} is missing); make one with `synthward fit`")
+            raise CheckpointError(
+                f"{self.path}: no run here ({RUN_FILE} is missing); make one with `synthward fit`"
+            )
         try:
             self.info: dict[str, Any] = json.loads(file.read_text())
         except json.JSONDecodeError as error:
@@ -40,7 +42,9 @@ class RunFolder:
     def create(cls, path: Path, info: dict[str, Any], schema: Schema) -> RunFolder:
         """Make the folder and its first files; an existing run is an `OutputError`."""
         if (path / RUN_FILE).exists():
-            raise OutputError(f"{path}: holds a run already; give another --out, --resume it, or --overwrite it")
+            raise OutputError(
+                f"{path}: holds a run already; give another --out, --resume it, or --overwrite it"
+            )
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / SCHEMA_FILE, schema.to_toml().encode())
         write_atomic(path / RUN_FILE, _dump(info))
@@ -87,7 +91,9 @@ class RunFolder:
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         file = self.path / name
         if not file.is_file():
-            raise CheckpointError(f"{self.path}: {name} is missing; finish the run with `synthward fit --resume`")
+            raise CheckpointError(
+                f"{self.path}: {name} is missing; finish the run with `synthward fit --resume`"
+            )
         return dict(load_file(file))
 
     def new_generator(self, encoder: TableEncoder) -> Generator:
@@ -98,7 +104,9 @@ class RunFolder:
     def load_generator(self, encoder: TableEncoder) -> Generator:
         """The run's generator, trained; `CheckpointError` while training is unfinished."""
         if not self.is_complete:
-            raise CheckpointError(f"{self.path}: training is unfinished; finish it with `synthward fit --resume`")
+            raise CheckpointError(
+                f"{self.path}: training is unfinished; finish it with `synthward fit --resume`"
+            )
         generator = self.new_generator(encoder)
         generator.load_state(self.load_tensors(MODEL_FILE))
         return generator

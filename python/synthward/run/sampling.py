@@ -40,7 +40,9 @@ class CohortSampler:
             if levels is not None and len(levels) == len(coder.group):
                 tokens = coder.allowed_tokens(levels)
                 if not tokens.any():
-                    raise ConfigError(f"--where: the generator never draws such a value of column {coder.name!r}")
+                    raise ConfigError(
+                        f"--where: the generator never draws such a value of column {coder.name!r}"
+                    )
                 self.allowed_tokens[column] = torch.from_numpy(tokens)
         mass = torch.from_numpy(encoder.context_mass)
         self.context_mass = (mass * generator.context_weights(self.allowed_tokens).double()).numpy()
@@ -137,7 +139,9 @@ def _settle_seed(out: Path, request: str, seed: int | None, *, resume: bool) -> 
     if resume and file.is_file():
         kept = json.loads(file.read_text())
         if kept["request"] != request or seed not in (None, kept["seed"]):
-            raise OutputError(f"{out}: was begun with another run, --rows, --where or --seed; resume with the same")
+            raise OutputError(
+                f"{out}: was begun with another run, --rows, --where or --seed; resume with the same"
+            )
         return int(kept["seed"])
     return seed if seed is not None else secrets.randbits(62)
 

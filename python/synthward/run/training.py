@@ -10,7 +10,14 @@ import torch
 
 from synthward.data import Records
 from synthward.encoding import Encoded, TableEncoder
-from synthward.engine import KeySchedule, Ledger, PoissonSampler, PrivacyPlan, PrivateTrainer, physical_batches
+from synthward.engine import (
+    KeySchedule,
+    Ledger,
+    PoissonSampler,
+    PrivacyPlan,
+    PrivateTrainer,
+    physical_batches,
+)
 from synthward.engine.accounting import PoissonGaussianEvent, epsilon_curve
 from synthward.generators import Batch
 from synthward.progress import Progress, Task
@@ -33,7 +40,13 @@ class Training:
         ledger: Ledger,
         progress: Progress,
     ) -> None:
-        self.folder, self.encoder, self.plan, self.ledger, self.progress = folder, encoder, plan, ledger, progress
+        self.folder, self.encoder, self.plan, self.ledger, self.progress = (
+            folder,
+            encoder,
+            plan,
+            ledger,
+            progress,
+        )
         seed = folder.info["seed"]
         self.rng = np.random.default_rng(seed)
         self.torch_rng = torch.Generator()
@@ -44,7 +57,9 @@ class Training:
         self.data = _Tensors(encoder.encode(records, self.rng))
         settings = self.generator.settings
         optimizer = torch.optim.Adam(self.generator.private_module.parameters(), lr=settings.learning_rate)
-        self.trainer = PrivateTrainer(self.generator.private_module, optimizer, plan, keys=keys, ledger=ledger)
+        self.trainer = PrivateTrainer(
+            self.generator.private_module, optimizer, plan, keys=keys, ledger=ledger
+        )
         self.optimizer = optimizer
         self.sampler = PoissonSampler(records.num_units, plan.sample_rate, keys.key("sampler"))
         self.physical = _physical_batch_size(plan.expected_batch_size, folder.info["physical_batch_size"])
@@ -120,7 +135,9 @@ class Training:
         info = self.folder.info
         others = [e for e in self.ledger.events() if not isinstance(e, PoissonGaussianEvent)]
         planned = PoissonGaussianEvent(
-            sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier, steps=self.plan.steps
+            sample_rate=self.plan.sample_rate,
+            noise_multiplier=self.plan.noise_multiplier,
+            steps=self.plan.steps,
         )
         curve = epsilon_curve([*others, planned], info["delta"], 12, info["accountant"])
         steps, values = zip(*curve, strict=True)
