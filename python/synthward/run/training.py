@@ -70,6 +70,7 @@ class Training:
         spent = self._charged_steps()
         # Steps that were charged but died with their process are not taken again: the budget is spent.
         step = max(step, spent)
+        self.trainer.advance_to(step)
         epsilons = self._epsilons()
         task = self.progress.task("fit", self.plan.steps)
         try:
