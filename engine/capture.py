@@ -1,8 +1,9 @@
 """Capture of parametric calls as functions, whatever module made them.
 
-A `TorchFunctionMode` sees each torch function of the forward pass. Calls with a rule become autograd functions
-that compute input gradients only and keep (activation, output gradient) pairs; any other operation on a tracked
-parameter that would carry a gradient is refused by name. Nothing is stored on tensors or modules.
+A `TorchFunctionMode` sees each torch function of the forward pass. Calls with a rule become autograd
+functions that compute input gradients only and keep (activation, output gradient) pairs; any other
+operation on a tracked parameter that would carry a gradient is refused by name. Nothing is stored on
+tensors or modules.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one captured call kept in the backward pass: length of its first axis, which forward pass it was made
+    """What one captured call kept in the backward pass: length of its first axis, which forward pass it was
+    made
     in, and a use per parameter."""
 
     operation: str
@@ -43,8 +45,9 @@ class CaptureState:
 
     def __init__(self, positions: dict[int, int], names: list[str], device: torch.device) -> None:
         self._positions, self._names = positions, names
-        # Each captured call takes the anchor as an input, so that it is in the graph even if its data is not, and
-        # so that a real backward pass can be told from torch.autograd.grad, which leaves the anchor alone.
+        # Each captured call takes the anchor as an input, so that it is in the graph even if its data is
+        # not, and so that a real backward pass can be told from torch.autograd.grad, which leaves the
+        # anchor alone.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.anchor_grad = torch.zeros((), device=device)
         self.forward = 0
@@ -55,7 +58,7 @@ class CaptureState:
 
     def keep(self, kept: Kept) -> None:
         """Called in backward by a captured call."""
-        task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task, self._kept = task, []
         self._kept.append(kept)
@@ -67,7 +70,8 @@ class CaptureState:
         return kept
 
     def call(self, operation: str, positions: tuple[int | None, ...], leading: int) -> tuple[int | None, ...]:
-        """Note a captured call; returns what its backward needs: positions, length of the first axis, forward pass."""
+        """Note a captured call; returns what its backward needs: positions, length of the first axis,
+        forward pass."""
         self.calls.append((operation, positions, leading))
         return (*positions, leading, self.forward)
 
@@ -93,8 +97,15 @@ class CaptureState:
 
     def refuse_computed(self, value: object, position: int | None, other: object, operation: str) -> None:
         """A weight that is computed (not a parameter) beside one that is tracked."""
-        if position is None and isinstance(value, Tensor) and value.requires_grad and self.position(other) is not None:
-            self.refuse(other, operation, "the other weight of the call is computed, not a parameter of the module")
+        if (
+            position is None
+            and isinstance(value, Tensor)
+            and value.requires_grad
+            and self.position(other) is not None
+        ):
+            self.refuse(
+                other, operation, "the other weight of the call is computed, not a parameter of the module"
+            )
 
 
 class CaptureMode(TorchFunctionMode):
@@ -111,7 +122,11 @@ class CaptureMode(TorchFunctionMode):
         self._state, self._handlers, self._checks, self._hints = state, handlers, checks, hints
 
     def __torch_function__(
-        self, func: Any, types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Iterable[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         handler = self._handlers.get(func)
@@ -126,7 +141,9 @@ class CaptureMode(TorchFunctionMode):
         out = func(*args, **kwargs)
         if touched is not None and torch.is_grad_enabled() and _carries_gradient(func, out):
             name = getattr(func, "__name__", str(func)).strip("_")
-            hint = self._hints.get(name, "its per-unit gradients are not computed; use nn.Linear, nn.LayerNorm or nn.Embedding")
+            hint = self._hints.get(
+                name, "its per-unit gradients are not computed; use nn.Linear, nn.LayerNorm or nn.Embedding"
+            )
             self._state.refuse(touched, name, hint)
         return out
 

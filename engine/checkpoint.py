@@ -1,4 +1,5 @@
-"""What is kept of a trainer: parameters, moments, step counter. Tensors only, in safetensors; JSON beside them.
+"""What is kept of a trainer: parameters, moments, step counter. Tensors only, in safetensors; JSON beside
+them.
 
 Never kept: sums without noise, noise keys, anything per unit. A resumed trainer draws a fresh key.
 """
@@ -49,8 +50,8 @@ def restore_tensors(step: DPStep, tensors: dict[str, Tensor]) -> int:
     for name, span in spans.items():
         if saved[name].shape != span.parameter.shape:
             raise CheckpointError(
-                f"the checkpoint is of another network: parameter {name!r} has shape {list(saved[name].shape)}, "
-                f"expected {list(span.parameter.shape)}"
+                f"the checkpoint is of another network: parameter {name!r} has shape "
+                f"{list(saved[name].shape)}, expected {list(span.parameter.shape)}"
             )
     with torch.no_grad():
         for name, span in spans.items():

@@ -13,9 +13,10 @@ UNIT_ROUNDOFF = 2.0**-24
 def rounding_slack(longest: int, uses: int) -> float:
     """Bound gamma on the relative rounding error of a unit's squared norm.
 
-    A sum of n products in fp32, added in any order, is off by at most n u of the sum of magnitudes (Higham 2002,
-    section 3.1). Two inner sums of at most `longest` terms are multiplied (activations, output gradients), `uses`
-    such terms are added, and a few single roundings follow, those of the clipped contribution itself included.
+    A sum of n products in fp32, added in any order, is off by at most n u of the sum of magnitudes (Higham
+    2002, section 3.1). Two inner sums of at most `longest` terms are multiplied (activations, output
+    gradients), `uses` such terms are added, and a few single roundings follow, those of the clipped
+    contribution itself included.
     """
     return (2 * longest + uses + 16) * UNIT_ROUNDOFF
 
@@ -35,12 +36,14 @@ def clip_factors(
         sample_sq_norm: float32 [U], squared norms of the units' gradients before ``scale``.
         clip: the bound C.
         slack: `rounding_slack` of the norms.
-        row_bound: float32 [U] or None: sum over parameters of the squared sum of the norms of a unit's rows. Where
-            rows of one unit cancel, the rounding error of the squared norm is relative to this, not to the norm.
+        row_bound: float32 [U] or None: sum over parameters of the squared sum of the norms of a unit's
+            rows. Where rows of one unit cancel, the rounding error of the squared norm is relative to this,
+            not to the norm.
         scale: what the gradients are multiplied by before they are clipped (undoes a mean over rows).
         unit_mask: bool [U] or None; a masked unit (False) gets 0.
 
-    Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding of the norm included; a unit
+    Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding of the norm
+        included; a unit
     whose norm is NaN or infinite gets exactly 0. No branch on the data, no synchronisation.
     """
     upper = sample_sq_norm * (1.0 + slack)

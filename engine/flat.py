@@ -49,8 +49,8 @@ class FlatParameters:
                     continue
                 if id(parameter) not in trainable:
                     raise ConfigError(
-                        f"the optimizer holds a parameter of shape {list(parameter.shape)} that is not in the module; "
-                        "build it from module.parameters()"
+                        f"the optimizer holds a parameter of shape {list(parameter.shape)} that is not in "
+                        "the module; build it from module.parameters()"
                     )
                 _check_kind(names[id(parameter)], parameter)
                 self.spans.append(Span(names[id(parameter)], parameter, index, end))
@@ -59,7 +59,9 @@ class FlatParameters:
         missing = trainable - {id(s.parameter) for s in self.spans}
         if missing:
             listed = ", ".join(names[i] for i in names if i in missing)
-            raise ConfigError(f"the optimizer does not hold these trainable parameters of the module: {listed}")
+            raise ConfigError(
+                f"the optimizer does not hold these trainable parameters of the module: {listed}"
+            )
         if not self.spans:
             raise ConfigError("the module has no trainable parameter")
         self.positions = {id(s.parameter): i for i, s in enumerate(self.spans)}
@@ -86,12 +88,14 @@ class FlatParameters:
             if id(parameter) not in self.positions:
                 if parameter.requires_grad:
                     raise PrivacyError(
-                        f"parameter {name!r} became trainable after the module was made private; it has neither clipping "
-                        "nor noise. Build the whole module (and unfreeze) first, then make it private"
+                        f"parameter {name!r} became trainable after the module was made private; it has "
+                        "neither clipping nor noise. Build the whole module (and unfreeze) first, then "
+                        "make it private"
                     )
             elif not (parameter.requires_grad or allow_frozen):
                 raise PrivacyError(
-                    f"parameter {name!r} was frozen after the module was made private; freeze first, then make it private"
+                    f"parameter {name!r} was frozen after the module was made private; freeze first, then "
+                    "make it private"
                 )
 
     def check_in_place(self) -> None:
@@ -99,18 +103,21 @@ class FlatParameters:
         for span, pointer in zip(self.spans, self._pointers, strict=True):
             if span.parameter.grad is not None:
                 raise PrivacyError(
-                    f"parameter {span.name!r} received a gradient past the engine (a loss on the weights, a forward pass "
-                    "outside the capture, or a gradient set by hand): it is not clipped. Call zero_grad() to drop it"
+                    f"parameter {span.name!r} received a gradient past the engine (a loss on the weights, "
+                    "a forward pass outside the capture, or a gradient set by hand): it is not clipped. "
+                    "Call zero_grad() to drop it"
                 )
             if span.parameter.data_ptr() != pointer:
                 raise PrivacyError(
-                    f"parameter {span.name!r} was moved or replaced (module.to, .data = ...) after the module was made "
-                    "private; move first, then make it private"
+                    f"parameter {span.name!r} was moved or replaced (module.to, .data = ...) after the "
+                    "module was made private; move first, then make it private"
                 )
 
 
 def _check_kind(name: str, parameter: nn.Parameter) -> None:
     if parameter.dtype != torch.float32:
-        raise ConfigError(f"parameter {name!r} is {parameter.dtype}; trainable parameters must be torch.float32")
+        raise ConfigError(
+            f"parameter {name!r} is {parameter.dtype}; trainable parameters must be torch.float32"
+        )
     if parameter.is_sparse:
         raise ConfigError(f"parameter {name!r} is sparse; only dense parameters are supported")

@@ -1,8 +1,8 @@
 """A probe that units do not mix: the gradient of one unit's loss must vanish in the rows of all others.
 
-Shapes alone can not tell a batch axis from a time axis of the same length, nor a mean over the batch from one over
-features. So the first backward passes of each pattern of calls are preceded by one of a single unit's loss; it
-inspects which entries are exactly zero, and nothing else.
+Shapes alone can not tell a batch axis from a time axis of the same length, nor a mean over the batch from
+one over features. So the first backward passes of each pattern of calls are preceded by one of a single
+unit's loss; it inspects which entries are exactly zero, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class IndependenceProbe:
         self._attempts: dict[Pattern, int] = {}
 
     def check(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> None:
-        """Probe if the pattern of calls is new. `outputs` depend on captured calls; `weights` pick unit `unit`'s.
+        """Probe if the pattern of calls is new. `outputs` depend on captured calls; `weights` pick unit
+        `unit`'s.
 
         Raises:
             UnsupportedOperationError: another unit's rows took part in this unit's loss.
@@ -37,7 +38,9 @@ class IndependenceProbe:
         rows = layout.num_rows
         if layout.num_units < 2 or rows == 0:
             return
-        pattern: Pattern = tuple((op, positions, leading // rows) for op, positions, leading in self._state.calls)
+        pattern: Pattern = tuple(
+            (op, positions, leading // rows) for op, positions, leading in self._state.calls
+        )
         if self._attempts.get(pattern, 0) >= _ATTEMPTS:
             return
         torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
@@ -53,9 +56,10 @@ class IndependenceProbe:
                 has_power = has_power and bool((grads != 0).any(1)[is_own].any())
                 if bool((touched & ~is_own).any()):
                     raise UnsupportedOperationError(
-                        f"parameter {self._state.name(position)!r} in operation {item.operation!r}: units mix. One unit's "
-                        "loss depends on rows of other units there (a statistic or attention over the batch, an input that "
-                        "all rows share, or a batch axis that is not the first)"
+                        f"parameter {self._state.name(position)!r} in operation {item.operation!r}: units "
+                        "mix. One unit's loss depends on rows of other units there (a statistic or "
+                        "attention over the batch, an input that all rows share, or a batch axis that is "
+                        "not the first)"
                     )
         self._attempts[pattern] = _ATTEMPTS if has_power else self._attempts.get(pattern, 0) + 1
 

@@ -25,9 +25,11 @@ class Layout:
         *,
         rows_per_unit: int | None = None,
         order: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.num_units, self.num_rows = num_units, num_rows
         self.offsets, self.order, self.rows_per_unit = offsets, order, rows_per_unit
+        self._device = device
         self._expanded: dict[int, Layout] = {1: self}
         self._row_units: Tensor | None = None
 
@@ -40,7 +42,7 @@ class Layout:
         offsets = None
         if rows_per_unit != 1:
             offsets = torch.arange(0, rows + 1, rows_per_unit, dtype=torch.int64, device=device)
-        return cls(num_units, rows, offsets, rows_per_unit=rows_per_unit)
+        return cls(num_units, rows, offsets, rows_per_unit=rows_per_unit, device=device)
 
     @classmethod
     def ragged(cls, offsets: Tensor) -> Layout:
@@ -59,7 +61,7 @@ class Layout:
         sorted_ids, order = torch.sort(ids, stable=True)
         _, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
         if len(counts) == len(ids):
-            return cls.uniform(len(ids), 1)
+            return cls.uniform(len(ids), 1, ids.device)
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=ids.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         is_sorted = bool((order.diff() > 0).all())
@@ -73,7 +75,7 @@ class Layout:
 
     def _expand(self, factor: int) -> Layout:
         if self.rows_per_unit is not None:
-            return Layout.uniform(self.num_units, self.rows_per_unit * factor)
+            return Layout.uniform(self.num_units, self.rows_per_unit * factor, self._device)
         assert self.offsets is not None
         order = self.order
         if order is not None:
@@ -90,7 +92,7 @@ class Layout:
         """Unit of each row in the batch's own order, int64 [num_rows]."""
         if self._row_units is None:
             if self.offsets is None:
-                self._row_units = torch.arange(self.num_rows)
+                self._row_units = torch.arange(self.num_rows, device=self._device)
             else:
                 units = torch.arange(self.num_units, device=self.offsets.device)
                 in_order = torch.repeat_interleave(units, self.offsets.diff(), output_size=self.num_rows)

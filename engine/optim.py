@@ -1,4 +1,5 @@
-"""The optimizer update on flat buffers: noise and Adam, AdamW or SGD in one pass, or any torch optimizer after it."""
+"""The optimizer update on flat buffers: noise and Adam, AdamW or SGD in one pass, or any torch optimizer
+after it."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def _plain(optimizer: torch.optim.Optimizer, flags: tuple[str, ...]) -> bool:
     return not any(group.get(flag) for group in optimizer.param_groups for flag in never)
 
 
-def _ranges(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _ranges(
+    flat: FlatParameters, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(start, end, group) of each optimizer group that has coordinates; groups are read anew in each step."""
     for (start, end), group in zip(flat.group_ranges, optimizer.param_groups, strict=True):
         if end > start:
@@ -66,7 +69,8 @@ def _ranges(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 class FusedAdam:
-    """`torch.optim.Adam` and `AdamW` with the noise made in registers (Kingma and Ba 2015; Loshchilov and Hutter 2019)."""
+    """`torch.optim.Adam` and `AdamW` with the noise made in registers (Kingma and Ba 2015; Loshchilov and
+    Hutter 2019)."""
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
         self._flat, self._optimizer = flat, optimizer
@@ -78,7 +82,9 @@ class FusedAdam:
         self._updates += 1
         flat = self._flat
         for start, end, group in _ranges(flat, self._optimizer):
-            decoupled = isinstance(self._optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+            decoupled = isinstance(self._optimizer, torch.optim.AdamW) or bool(
+                group.get("decoupled_weight_decay")
+            )
             beta1, beta2 = group["betas"]
             noisy_adam_(
                 flat.data[start:end],
@@ -201,7 +207,9 @@ class TorchUpdate:
         """The state is the optimizer's own already."""
 
 
-def optimizer_tensors(flat: FlatParameters, optimizer: torch.optim.Optimizer, updater: Updater) -> dict[str, Tensor]:
+def optimizer_tensors(
+    flat: FlatParameters, optimizer: torch.optim.Optimizer, updater: Updater
+) -> dict[str, Tensor]:
     """Copies of the optimizer's state as ``"<entry>.<parameter name>"``; numbers become 0-dim tensors.
 
     Raises:
@@ -231,6 +239,8 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         entry, _, name = key.partition(".")
         if name not in names:
-            raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which is no parameter of the module")
+            raise CheckpointError(
+                f"the checkpoint has optimizer state for {name!r}, which is no parameter of the module"
+            )
         optimizer.state[names[name].parameter][entry] = value.detach().clone()
     updater.import_state()

@@ -54,4 +54,6 @@ class PrivacyPlan:
 
     def event(self, steps: int | None = None) -> PoissonGaussianEvent:
         """What `steps` logical steps (all of the plan by default) cost."""
-        return PoissonGaussianEvent(self.sample_rate, self.noise_multiplier, self.steps if steps is None else steps)
+        return PoissonGaussianEvent(
+            self.sample_rate, self.noise_multiplier, self.steps if steps is None else steps
+        )

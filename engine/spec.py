@@ -44,7 +44,9 @@ class NoiseSpec:
 
     def __post_init__(self) -> None:
         if not _is_number(self.noise_multiplier) or not 0.0 <= self.noise_multiplier < math.inf:
-            raise ConfigError(f"noise_multiplier: got {self.noise_multiplier!r}; give a finite number of at least 0")
+            raise ConfigError(
+                f"noise_multiplier: got {self.noise_multiplier!r}; give a finite number of at least 0"
+            )
 
     def noise_std(self, clip: ClipSpec) -> float:
         """Standard deviation of the noise on each coordinate of the summed gradient."""
@@ -65,7 +67,9 @@ class SamplingSpec:
 
     def __post_init__(self) -> None:
         if not _is_number(self.sample_rate) or not 0.0 < self.sample_rate <= 1.0:
-            raise ConfigError(f"sample_rate: got {self.sample_rate!r}; give a probability above 0 and at most 1")
+            raise ConfigError(
+                f"sample_rate: got {self.sample_rate!r}; give a probability above 0 and at most 1"
+            )
         check_positive(self.expected_batch_size, "expected_batch_size")
 
 

@@ -45,9 +45,9 @@ def _next_stream(keys: KeySchedule) -> int:
 class DPStep:
     """The private step of one module and optimizer.
 
-    Guarantees: what `release` adds to the parameters is a function of the sum over units of contributions of norm
-    at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of `accumulate` calls; noise is drawn
-    at a (stream, step) that is never used again.
+    Guarantees: what `release` adds to the parameters is a function of the sum over units of contributions of
+    norm at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of `accumulate` calls;
+    noise is drawn at a (stream, step) that is never used again.
     """
 
     def __init__(
@@ -100,16 +100,17 @@ class DPStep:
             self._weigh(by_parameter, factors, clean)
 
     def _group(self, kept: list[Kept], layout: Layout) -> dict[int, list[tuple[Use, Layout]]]:
-        """Uses of each parameter with the layout of their call; the first axis must hold whole batches of rows."""
+        """Uses of each parameter with the layout of their call; the first axis must hold whole batches of
+        rows."""
         grouped: dict[int, list[tuple[Use, Layout]]] = defaultdict(list)
         for item in kept:
             for position, use in item.uses:
                 rows = layout.num_rows
                 if item.leading % rows:
                     raise UnsupportedOperationError(
-                        f"parameter {self.state.name(position)!r} in operation {item.operation!r}: its input has "
-                        f"{item.leading} rows where the batch has {rows}; the first axis must be the batch's (expand what "
-                        "all rows share, such as position ids, to one row each)"
+                        f"parameter {self.state.name(position)!r} in operation {item.operation!r}: its "
+                        f"input has {item.leading} rows where the batch has {rows}; the first axis must be "
+                        "the batch's (expand what all rows share, such as position ids, to one row each)"
                     )
                 grouped[position].append((use, layout.expand(use.rows // rows)))
         return grouped
@@ -157,13 +158,15 @@ class DPStep:
             families[type(use)].append((use, layout))
         if len(families) > 1 and set(families) != {OuterUse, ScatterUse}:
             raise UnsupportedOperationError(
-                f"parameter {self.state.name(position)!r} is shared by operations whose cross term is not computed; "
-                "give each its own parameter"
+                f"parameter {self.state.name(position)!r} is shared by operations whose cross term is not "
+                "computed; give each its own parameter"
             )
         merged = [merge_uses([u for u, _ in group], [x for _, x in group]) for group in families.values()]
         return sorted(merged, key=lambda item: not isinstance(item[0], OuterUse))
 
-    def _weigh(self, by_parameter: dict[int, list[tuple[Use, Layout]]], factors: Tensor, clean: CleanRows) -> None:
+    def _weigh(
+        self, by_parameter: dict[int, list[tuple[Use, Layout]]], factors: Tensor, clean: CleanRows
+    ) -> None:
         kept = (factors > 0).float()
         row_values: dict[int, tuple[Layout, Tensor, Tensor]] = {}
         for position, uses in by_parameter.items():
@@ -199,4 +202,3 @@ class DPStep:
         if self.has_sum:
             self.flat.summed_grad.zero_()
             self.has_sum = False
-

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
-from synthward.engine.errors import BudgetExceededError, CheckpointError, ConfigError, LedgerError, PrivacyError
+from synthward.engine.errors import (
+    BudgetExceededError,
+    CheckpointError,
+    ConfigError,
+    LedgerError,
+    PrivacyError,
+)
 from synthward.engine.independence import IndependenceProbe
 from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
@@ -21,7 +27,8 @@ from synthward.engine.step import DPStep
 class PrivateTrainer:
     """Trains one module by DP-SGD as its plan says.
 
-    A logical step is any number of physical batches (`capture` the forward pass, then `backward`), then `apply`::
+    A logical step is any number of physical batches (`capture` the forward pass, then `backward`), then
+    `apply`::
 
         with trainer.capture():
             losses = loss_of_each_unit(module, batch)        # [U]
@@ -33,7 +40,8 @@ class PrivateTrainer:
         optimizer: over exactly the trainable parameters; learning rates may be edited between steps.
         plan: the mechanism, and the number of steps that may be taken.
         keys: source of the noise key.
-        ledger: where steps are paid for, or None (then nothing is recorded: tests, or a caller that accounts).
+        ledger: where steps are paid for, or None (then nothing is recorded: tests, or a caller that
+            accounts).
 
     Guarantees:
         - one unit moves the sum that is released by at most ``plan.max_grad_norm`` (L2);
@@ -87,7 +95,8 @@ class PrivateTrainer:
 
         Args:
             losses: [U], the loss of each unit, of a forward pass under `capture`.
-            rows_per_unit: the first axis of every captured call holds this many rows for each unit, unit by unit.
+            rows_per_unit: the first axis of every captured call holds this many rows for each unit, unit by
+                unit.
             offsets: or int64 [U + 1]: unit u owns rows ``offsets[u]:offsets[u + 1]``.
             unit_mask: bool [U]; a unit with False (padding) weighs nothing.
 
@@ -102,8 +111,8 @@ class PrivateTrainer:
         try:
             if layout.num_units and not losses.requires_grad:
                 raise PrivacyError(
-                    "the losses do not depend on any parameter through captured calls; run the forward pass under "
-                    "`with trainer.capture():`"
+                    "the losses do not depend on any parameter through captured calls; run the forward "
+                    "pass under `with trainer.capture():`"
                 )
             if layout.num_units:
                 self._probe_independence(losses, layout, unit_mask)
@@ -147,9 +156,12 @@ class PrivateTrainer:
         self._steps_done = restore_tensors(self._step, tensors)
 
     def advance_to(self, step: int) -> None:
-        """Count steps as taken that were charged but died with their process; the budget does not pay for them twice."""
+        """Count steps as taken that were charged but died with their process; the budget does not pay for
+        them twice."""
         if step < self._steps_done:
-            raise PrivacyError(f"advance_to: step {step} lies before step {self._steps_done}, which was taken already")
+            raise PrivacyError(
+                f"advance_to: step {step} lies before step {self._steps_done}, which was taken already"
+            )
         self._steps_done = step
 
     def _layout(self, losses: Tensor, rows_per_unit: int | None, offsets: Tensor | None) -> Layout:
@@ -181,6 +193,7 @@ class PrivateTrainer:
     def _check_ledger(self) -> None:
         if self.ledger is not None and not self.ledger.covers(self._steps_done, self.plan.event(1)):
             raise LedgerError(
-                f"no open lease of the ledger covers step {self._steps_done} of this plan "
-                f"(rate {self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease first"
+                f"no open lease of the ledger covers step {self._steps_done} of this plan (rate "
+                f"{self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease "
+                "first"
             )

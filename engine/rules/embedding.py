@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ class _Embedding(torch.autograd.Function):
     """``F.embedding`` whose backward keeps ids and output gradients."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int, anchor: Tensor, state: CaptureState, call: Any) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, padding: int, anchor: Tensor, state: CaptureState, call: Any
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding, ctx.state, ctx.call = padding, state, call
         return F.embedding(ids, weight)
@@ -53,7 +56,9 @@ def embedding(
     if weight_at is None:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None:
-        state.refuse(weight, "embedding", "max_norm rewrites the table from the records, without noise; leave it out")
+        state.refuse(
+            weight, "embedding", "max_norm rewrites the table from the records, without noise; leave it out"
+        )
     if scale_grad_by_freq:
         state.refuse(weight, "embedding", "scale_grad_by_freq couples units through the batch; leave it out")
     if sparse:
@@ -64,5 +69,5 @@ def embedding(
     if padding_idx is not None:
         padding = padding_idx if padding_idx >= 0 else padding_idx + weight.shape[0]
     call = state.call("embedding", (weight_at,), input.shape[0])
-    result: Tensor = _Embedding.apply(input, weight, padding, state.anchor, state, call)
-    return result
+    apply: Callable[..., Tensor] = _Embedding.apply
+    return apply(input, weight, padding, state.anchor, state, call)

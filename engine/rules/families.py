@@ -1,8 +1,8 @@
 """The three families of per-unit gradients, and how the uses of one parameter are put together.
 
-A use is what one captured call keeps for one parameter. All uses of a parameter are rows of the same segments:
-uses of one family are concatenated unit by unit; a table that is both looked up and multiplied (tied weights)
-has one cross term, outer x scatter.
+A use is what one captured call keeps for one parameter. All uses of a parameter are rows of the same
+segments: uses of one family are concatenated unit by unit; a table that is both looked up and multiplied
+(tied weights) has one cross term, outer x scatter.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RowNorms:
 class CleanRows:
     """Kept tensors with the rows of units of weight zero set to zero, each made once per backward pass.
 
-    A unit is left out because something in it is not finite, and 0 * inf is NaN in a product. Always run, never
-    decided by looking at the data.
+    A unit is left out because something in it is not finite, and 0 * inf is NaN in a product. Always run,
+    never decided by looking at the data.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,9 @@ class DiagonalUse:
         diagonal_sq_norms(layout.sort_rows(self.grads), layout.offsets, factors=factors, out=out)
 
     def row_sq_norms(self, norms: RowNorms) -> Tensor:
-        return norms(self.grads) if self.factors is None else diagonal_sq_norms(self.grads, factors=self.factors)
+        return (
+            norms(self.grads) if self.factors is None else diagonal_sq_norms(self.grads, factors=self.factors)
+        )
 
     def add_weighted_sum(self, weights: Tensor, kept: Tensor, out: Tensor, clean: CleanRows) -> None:
         factors = None if self.factors is None else clean(self.factors, kept)
@@ -179,7 +181,7 @@ Use = OuterUse | DiagonalUse | ScatterUse
 
 
 def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Layout]:
-    """Uses of one family (and one parameter) as one use, rows unit by unit; layouts are those of the calls."""
+    """Uses of one family (and one parameter) as one use, rows unit by unit; `layouts` are the calls'."""
     if len(uses) == 1:
         return uses[0], layouts[0]
     units = torch.cat([layout.row_units for layout in layouts])
@@ -194,11 +196,13 @@ def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Lay
     return merged, Layout(layouts[0].num_units, len(units), offsets)
 
 
-def add_cross_term(outer: OuterUse, outer_layout: Layout, scatter: ScatterUse, scatter_layout: Layout, out: Tensor) -> None:
+def add_cross_term(
+    outer: OuterUse, outer_layout: Layout, scatter: ScatterUse, scatter_layout: Layout, out: Tensor
+) -> None:
     """Add ``2 <G_outer, G_scatter>`` of each unit to `out` [U], for a table [p, d] that is also looked up.
 
-    ``<G_outer, G_scatter> = sum_{n, m} g_n[id_m] (a_n . e_m)`` over the unit's rows n of the product and m of the
-    look-up: the one term that a sum of two norms lacks.
+    ``<G_outer, G_scatter> = sum_{n, m} g_n[id_m] (a_n . e_m)`` over the unit's rows n of the product and m
+    of the look-up: the one term that a sum of two norms lacks.
     """
     g, a = _padded(outer.output_grads, outer_layout), _padded(outer.activations, outer_layout)
     e, ids = _padded(scatter.output_grads, scatter_layout), _padded(scatter.ids, scatter_layout, fill=-1)

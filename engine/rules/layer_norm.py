@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from synthward.engine.rules.families import DiagonalUse, Use
 
 
 class _LayerNorm(torch.autograd.Function):
-    """``F.layer_norm`` whose backward gives the input gradient alone and keeps what the weights would need."""
+    """``F.layer_norm`` whose backward gives the input gradient alone and keeps what weights need."""
 
     @staticmethod
     def forward(
@@ -76,5 +76,5 @@ def layer_norm(
     if input.dim() <= len(shape):
         state.refuse(weight if weight_at is not None else bias, "layer_norm", "its input has no batch axis")
     call = state.call("layer_norm", (weight_at, bias_at), input.shape[0])
-    result: Tensor = _LayerNorm.apply(input, shape, weight, bias, eps, state.anchor, state, call)
-    return result
+    apply: Callable[..., Tensor] = _LayerNorm.apply
+    return apply(input, shape, weight, bias, eps, state.anchor, state, call)

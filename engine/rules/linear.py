@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,17 @@ from synthward.engine.rules.families import DiagonalUse, OuterUse, Use
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear`` whose backward gives the input gradient alone and keeps what the weights would need."""
+    """``F.linear`` whose backward gives the input gradient alone and keeps what weights need."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, state: CaptureState, call: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        state: CaptureState,
+        call: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.state, ctx.call = state, call
@@ -52,5 +59,5 @@ def linear(state: CaptureState, input: Tensor, weight: Tensor, bias: Tensor | No
     if input.dim() < 2:
         state.refuse(weight if weight_at is not None else bias, "linear", "its input has no batch axis")
     call = state.call("linear", (weight_at, bias_at), input.shape[0])
-    result: Tensor = _Linear.apply(input, weight, bias, state.anchor, state, call)
-    return result
+    apply: Callable[..., Tensor] = _Linear.apply
+    return apply(input, weight, bias, state.anchor, state, call)

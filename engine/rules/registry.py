@@ -21,14 +21,16 @@ HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
 }
 
 HINTS = {
-    "multi_head_attention_forward": "write the attention with nn.Linear projections and scaled_dot_product_attention",
+    "multi_head_attention_forward": "write the attention with nn.Linear projections and "
+    "scaled_dot_product_attention",
     "lstm": "not covered in this version",
     "gru": "not covered in this version",
 }
 
 
 def check_modules(module: nn.Module) -> None:
-    """`UnsupportedOperationError` for layers that mix the units of a batch, with what to use in their place."""
+    """`UnsupportedOperationError` for layers that mix the units of a batch, with what to use in their
+    place."""
     for name, layer in module.named_modules():
         kind, where = type(layer).__name__, f"layer {name!r} ({type(layer).__name__})"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
@@ -36,7 +38,11 @@ def check_modules(module: nn.Module) -> None:
                 f"{where} mixes the units of a batch: {kind} in training mode has no per-unit gradient; "
                 "use nn.GroupNorm or nn.LayerNorm"
             )
-        if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.training and layer.track_running_stats:
+        if (
+            isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+            and layer.training
+            and layer.track_running_stats
+        ):
             raise UnsupportedOperationError(
                 f"{where} keeps running statistics of the records without noise; use {kind} with "
                 "track_running_stats=False"
@@ -62,8 +68,8 @@ def _batch_norm(
 def _instance_norm(input: Any, running_mean: Any = None, running_var: Any = None, *_: Any, **__: Any) -> None:
     if running_mean is not None:
         raise UnsupportedOperationError(
-            "operation 'instance_norm' with running statistics keeps statistics of the records without noise; "
-            "use it without them"
+            "operation 'instance_norm' with running statistics keeps statistics of the records without "
+            "noise; use it without them"
         )
 
 

@@ -1,0 +1,285 @@
+"""Private training in the user's own loop: a drop-in for Opacus' `PrivacyEngine`, with one backward pass.
+
+The privacy unit is a row of the data set, or, with ids, whatever shares an id (a patient). Neighbouring
+data sets differ by one unit added or removed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from synthward.engine.accounting import Accountant, PoissonGaussianEvent, calibrate_noise, event_from_dict
+from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
+from synthward.engine.errors import CheckpointError, ConfigError
+from synthward.engine.keys import KeySchedule
+from synthward.engine.ledger import Ledger
+from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
+from synthward.engine.session import PrivateOptimizer, PrivateSession
+from synthward.engine.spec import ClipSpec, NoiseSpec, SamplingSpec
+from synthward.engine.step import DPStep
+
+logger = logging.getLogger("synthward")
+# Steps that one line of the ledger pays for: a flush to disk per step would cost more than the step.
+_LEASE_STEPS = 100
+
+
+class PrivacyEngine:
+    """Makes modules, optimizers and loaders private, and accounts for what they release.
+
+    Args:
+        accountant: "pld" (default), "rdp" or "prv".
+        ledger: where each step is charged before it is released, or None (the accountant's memory alone).
+        seed: None for keys from the operating system. A number makes noise and draws reproducible by
+            anybody who knows it: for tests, not private.
+    """
+
+    def __init__(
+        self, accountant: str = "pld", *, ledger: Ledger | None = None, seed: int | None = None
+    ) -> None:
+        self.accountant = Accountant(accountant)
+        self.ledger, self._seed = ledger, seed
+        self._sessions: list[PrivateSession] = []
+        self._lease_start = self._leased = 0
+        self._epsilons: dict[tuple[object, float], float] = {}
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        loss_reduction: str = "mean",
+        sample_rate: float | None = None,
+        expected_batch_size: float | None = None,
+        unit_ids: Sequence[int] | Tensor | None = None,
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
+        """Make a training loop private; returns module (the same object), optimizer and loader.
+
+        Args:
+            module: its trainable parameters are found by capture; layers that mix rows are refused.
+            optimizer: over exactly those parameters. Plain SGD, Adam and AdamW get the fused update.
+            data_loader: with `poisson_sampling`, replaced by Poisson draws from its data set.
+            noise_multiplier: noise standard deviation over `max_grad_norm`; 0 means epsilon = infinity.
+            max_grad_norm: L2 bound of one unit's contribution to the summed gradient.
+            poisson_sampling: False leaves the loader alone. No amplification is claimed then: every unit is
+                charged as present in every step, and a removed unit is one whose rows stay in their batches
+                at weight zero.
+            clipping: "flat".
+            loss_reduction: "mean" if the criterion averages over the rows present, "sum" if it adds them.
+            sample_rate: Poisson probability q. If None, the batch size over the number of units, which is
+                thereby treated as public.
+            expected_batch_size: public denominator of the mean gradient, in units; the loader's batch size
+                if None.
+            unit_ids: one integer id per row of the data set: the loader then draws whole units, and forward
+                and backward run under `with engine.units():`.
+
+        Raises:
+            ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
+        """
+        sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
+        core = self._core(module, optimizer, ClipSpec(max_grad_norm, clipping), noise_multiplier, sampling)
+        return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None)
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        loss_reduction: str = "mean",
+        sample_rate: float | None = None,
+        expected_batch_size: float | None = None,
+        unit_ids: Sequence[int] | Tensor | None = None,
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
+        """As `make_private`, with the least noise that keeps `epochs` passes within the target.
+
+        One pass is ``round(1 / q)`` steps. The step after the last one raises `BudgetExceededError`.
+        """
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ConfigError(f"epochs: got {epochs!r}; give a whole number of at least 1")
+        sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
+        rate = sampling.sample_rate
+        steps = epochs * (max(1, round(1.0 / rate)) if poisson_sampling else len(data_loader))
+        noise = calibrate_noise(
+            target_epsilon,
+            target_delta,
+            rate,
+            steps,
+            self.accountant.kind,
+            other_events=self.accountant.events,
+        )
+        core = self._core(module, optimizer, ClipSpec(max_grad_norm, clipping), noise, sampling)
+        return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps)
+
+    def units(self, ids: Tensor | Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Around forward and backward: rows of equal id are one privacy unit.
+
+        Args:
+            ids: one integer per row of the batch, in any order; None takes them from the loader's own draw.
+        """
+        if not self._sessions:
+            raise ConfigError("units: call make_private first")
+        return self._sessions[-1].units(None if ids is None else torch.as_tensor(ids))
+
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon spent so far at `delta`; infinite without noise. Reading it changes nothing."""
+        key = (self.accountant.events, delta)
+        if key not in self._epsilons:
+            self._epsilons = {key: self.accountant.epsilon(delta)}
+        return self._epsilons[key]
+
+    def save_checkpoint(self, path: Path | str) -> None:
+        """Parameters, moments, step counter and spent budget of the module made private last, to one
+        safetensors file.
+
+        Raises:
+            CheckpointError: in the middle of a step, or the file can not be written.
+        """
+        session = self._session()
+        if session.core.has_sum:
+            raise CheckpointError("a step is under way; call optimizer.step() before save_checkpoint()")
+        info = {"events": [event.to_dict() for event in self.accountant.events], "kind": self.accountant.kind}
+        save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
+
+    def load_checkpoint(self, path: Path | str) -> None:
+        """Continue from `save_checkpoint`: the spent budget is added to this engine's own; keys are fresh
+        ones."""
+        session = self._session()
+        tensors, info = load_checkpoint(path)
+        if not isinstance(info.get("events"), list):
+            raise CheckpointError(f"{path}: holds no spent budget")
+        events = [event_from_dict(event) for event in info["events"]]
+        session.discard()
+        session.steps_done = restore_tensors(session.core, tensors)
+        for event in events:
+            self.accountant.compose(event)
+
+    def close(self) -> None:
+        """Give back what the ledger's last lease did not use; without it the lease stays charged whole."""
+        if self.ledger is not None and self._sessions and self._leased:
+            self.ledger.close_lease(self._sessions[-1].steps_done - self._lease_start)
+            self._leased = 0
+
+    def _session(self) -> PrivateSession:
+        if not self._sessions:
+            raise ConfigError("call make_private first")
+        return self._sessions[-1]
+
+    def _charge(self, event: PoissonGaussianEvent, step: int, max_steps: int | None) -> None:
+        """Write the step down before anything of it is released."""
+        if self.ledger is not None and not self.ledger.covers(step, event):
+            if self._leased:
+                self.ledger.close_lease(step - self._lease_start)
+                self._leased = 0
+            count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
+            self.ledger.lease(event, step, count)
+            self._lease_start, self._leased = step, count
+        self.accountant.compose(event)
+
+    def _sampling(
+        self,
+        loader: DataLoader[Any],
+        poisson: bool,
+        sample_rate: float | None,
+        expected: float | None,
+        unit_ids: Sequence[int] | Tensor | None,
+    ) -> SamplingSpec:
+        """Rate and public batch size. Without Poisson sampling q is 1: no amplification is claimed."""
+        if expected is None:
+            if loader.batch_size is None:
+                raise ConfigError("expected_batch_size: give it, the loader has no batch_size")
+            expected = loader.batch_size
+        if not poisson:
+            if sample_rate is not None:
+                raise ConfigError("sample_rate: means nothing with poisson_sampling=False; leave it out")
+            return SamplingSpec(1.0, expected)
+        if sample_rate is None:
+            units = rows_of(loader) if unit_ids is None else len(set(torch.as_tensor(unit_ids).tolist()))
+            if units == 0:
+                raise ConfigError("data_loader: its data set is empty")
+            sample_rate = min(1.0, expected / units)
+            logger.warning(
+                "make_private: sample_rate was not given and is the batch size over the number of units; "
+                "that number is thereby treated as public"
+            )
+        return SamplingSpec(sample_rate, expected)
+
+    def _core(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip: ClipSpec,
+        sigma: float,
+        sampling: SamplingSpec,
+    ) -> DPStep:
+        if isinstance(optimizer, PrivateOptimizer):
+            raise ConfigError("optimizer: is private already; give the original torch optimizer")
+        if self.ledger is not None and self._sessions:
+            raise ConfigError(
+                "a ledger follows one module: make a second engine, with its own ledger, for the second "
+                "module"
+            )
+        # Each module has its own keys: two noise streams or two samplers never share words.
+        keys = (
+            KeySchedule.from_os()
+            if self._seed is None
+            else KeySchedule.reproducible(self._seed + len(self._sessions))
+        )
+        self._keys = keys
+        noise = NoiseSpec(sigma)
+        return DPStep(
+            module,
+            optimizer,
+            clip=clip,
+            noise=noise,
+            expected_batch_size=sampling.expected_batch_size,
+            keys=keys,
+        )
+
+    def _open(
+        self,
+        core: DPStep,
+        loader: DataLoader[Any],
+        loss_reduction: str,
+        sampling: SamplingSpec,
+        poisson: bool,
+        unit_ids: Sequence[int] | Tensor | None,
+        max_steps: int | None,
+    ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
+        private_loader = None
+        if poisson:
+            ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
+            private_loader = PoissonLoader(loader, sampling.sample_rate, self._keys.key("sampler"), ids)
+        event = PoissonGaussianEvent(sampling.sample_rate, core.noise.noise_multiplier, 1)
+        session = PrivateSession(
+            core,
+            loss_reduction=loss_reduction,
+            loader=private_loader,
+            units_required=unit_ids is not None,
+            charge=lambda step: self._charge(event, step, max_steps),
+            max_steps=max_steps,
+        )
+        self._sessions.append(session)
+        return (
+            core.module,
+            PrivateOptimizer(session, core.optimizer),
+            loader if private_loader is None else private_loader,
+        )
