@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from tests.commandline import fit_arguments
@@ -140,9 +142,10 @@ def works(desk, **settings):
     cohort = desk.folder / "cohort.csv"
     outcome = desk.call("sample", desk.out, "--rows", 50, "--out", cohort)
     assert outcome.code == 0, outcome.stderr[-2000:]
-    lines = cohort.read_text().splitlines()
-    assert len(lines) == 51
-    return [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    with cohort.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 50
+    return rows
 
 
 @pytest.mark.parametrize("generator", ["diffusion", "gan"])

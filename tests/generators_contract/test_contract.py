@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import subprocess
@@ -159,12 +160,11 @@ def test_csv_and_parquet_hold_the_same_cohort(fitted, tmp_path):
 
     parquet = fitted.sample(tmp_path / "c.parquet", 300, seed=4)
     sample_run(fitted.run, 300, tmp_path / "c.csv", seed=4)
-    lines = (tmp_path / "c.csv").read_text().splitlines()
-    assert lines[0].replace('"', "").split(",") == parquet.column_names
-    ages = [line.split(",")[parquet.column_names.index("age")] for line in lines[1:]]
-    assert ages == [str(a) for a in parquet["age"].to_pylist()]
-    missing = [line.split(",")[parquet.column_names.index("weight")] for line in lines[1:]]
-    assert sum(cell.strip('"') == "" for cell in missing) == parquet["weight"].null_count
+    with (tmp_path / "c.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == parquet.column_names
+    assert [row["age"] for row in rows] == [str(a) for a in parquet["age"].to_pylist()]
+    assert sum(row["weight"] == "" for row in rows) == parquet["weight"].null_count
 
 
 def test_an_interrupted_sampling_resumes_to_the_same_cohort(fitted, tmp_path, monkeypatch):
