@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from scipy.optimize import brentq
+
 from synthward.engine.accounting.accountant import epsilon_of
 from synthward.engine.accounting.events import (
     Event,
@@ -53,7 +55,7 @@ def calibrate_noise(
             raise ConfigError(f"epsilon {target_epsilon:g} at delta {delta:g} needs a noise multiplier above {_MOST_NOISE:g}")
     if low == _LEAST_NOISE and epsilon(low) <= target_epsilon:
         return low
-    return _bisect(lambda noise: epsilon(noise) <= target_epsilon, low, high)
+    return _least_fit(epsilon, target_epsilon, low, high)
 
 
 def calibrate_steps(
@@ -87,22 +89,36 @@ def calibrate_sample_rate(
     check_epsilon(target_epsilon)
     check_noise_multiplier(noise_multiplier)
 
-    def fits(log_rate: float) -> bool:
-        event = PoissonGaussianEvent(min(1.0, math.exp(log_rate)), noise_multiplier, steps)
-        return epsilon_of([event], delta, accountant) <= target_epsilon
+    def epsilon(inverse_rate: float) -> float:
+        event = PoissonGaussianEvent(min(1.0, 1.0 / inverse_rate), noise_multiplier, steps)
+        return epsilon_of([event], delta, accountant)
 
-    if fits(0.0):
+    if epsilon(1.0) <= target_epsilon:
         return 1.0
-    least = math.log(1e-7)
-    if not fits(least):
+    most = 1e7
+    if epsilon(most) > target_epsilon:
         raise ConfigError(f"epsilon {target_epsilon:g} is out of reach at noise multiplier {noise_multiplier:g}")
-    low = -_bisect(lambda negative: fits(-negative), 0.0, -least)
-    return math.exp(low)
+    return 1.0 / _least_fit(epsilon, target_epsilon, 1.0, most)
 
 
-def _bisect(fits: Callable[[float], bool], low: float, high: float) -> float:
-    """The least value that fits, from above; ``high`` fits and ``low`` does not."""
-    while high - low > _TOLERANCE * max(1.0, low) * 0.5:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+def _least_fit(epsilon: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The least value (to the tolerance) whose epsilon is at most ``target``, from above.
+
+    ``epsilon`` decreases; ``high`` fits and ``low`` does not. Root finding on log epsilon over log value is nearly
+    linear, so that it takes few evaluations, each of which may cost seconds.
+    """
+    seen: dict[float, float] = {}
+
+    def excess(log_value: float) -> float:
+        if log_value not in seen:
+            seen[log_value] = math.log(epsilon(math.exp(log_value)) / target)
+        return seen[log_value]
+
+    ends = (math.log(low), math.log(high))
+    if excess(ends[1]) == 0.0:
+        return high
+    root = float(brentq(excess, *ends, xtol=0.1 * _TOLERANCE, rtol=1e-12))
+    step = 0.2 * _TOLERANCE
+    while excess(root) > 0.0:
+        root, step = root + step, 2.0 * step
+    return math.exp(root)
