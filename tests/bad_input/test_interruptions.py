@@ -15,7 +15,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commandline import assert_one_line_error, command, fit_arguments, run, snapshot, start
+from tests.commandline import ACCOUNTANT, assert_one_line_error, command, fit_arguments, run, snapshot, start
 from tests.tinydata import write_tiny
 
 EPSILON, DELTA = 3.0, 1e-5
@@ -37,7 +37,7 @@ def charged(run_folder: Path) -> tuple[float, int]:
     ledger = Ledger.open(path)
     try:
         steps = sum(getattr(event, "steps", 0) for event in ledger.events())
-        return ledger.epsilon(DELTA, "pld"), steps
+        return ledger.epsilon(DELTA, ACCOUNTANT), steps
     finally:
         if hasattr(ledger, "close"):
             ledger.close()

@@ -13,9 +13,9 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from torch import nn
 
-from tests.oracles import flat_parameters
+from tests.oracles import clipped_sum, flat_parameters, per_unit_gradients
 from tests.privacy.harness import dummy_loader, engine_step, make_plan, make_private
-from tests.privacy.nets import CASES, stack
+from tests.privacy.nets import CASES, stack, unit_loss
 
 DELTA = 1e-5
 
@@ -264,3 +264,69 @@ def test_queries_are_charged_to_the_same_budget():
     accountant.compose(dp_event.SelfComposedDpEvent(step, 300))
     accountant.compose(dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(8.0), 3))
     assert spent == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
+
+
+def test_a_given_rate_and_denominator_are_what_is_run_and_accounted():
+    """q and the expected batch size are public parameters; neither is then read off the records."""
+    private = poisson_engine(sample_rate=0.05, expected_batch_size=10, noise_multiplier=2.0)
+    _, module, optimizer, loader = private
+    nn.init.zeros_(module[0].weight)
+    sizes, moved = [], []
+    while len(sizes) < 40:
+        for inputs, targets in loader:
+            before = flat_parameters(module)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(inputs), targets).backward()
+            optimizer.step()
+            sizes.append(len(targets))
+            moved.append(before - flat_parameters(module))
+    expected = library_epsilon(0.05, 2.0, len(sizes))
+    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-9)
+    spread = float(np.concatenate(moved).std())
+    assert 0.9 < spread / (2.0 / 10) < 1.15, "noise of sigma C over the given denominator"
+
+
+def test_poisson_over_patients_draws_all_rows_of_a_patient_or_none():
+    """With one id per record the coin is the patient's, and a batch is clipped patient by patient."""
+    from synthward import PrivacyEngine
+
+    case = CASES[0]
+    counts = [1, 4, 2, 3, 5, 1, 2, 6]
+    units = case.units(counts)
+    inputs, targets, offsets = stack(units)
+    ids = torch.repeat_interleave(torch.arange(100, 108), offsets.diff())
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(3))
+    module = case.module()
+    engine = PrivacyEngine()
+    module, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        data_loader=dummy_loader(inputs[order], targets[order], 4),
+        noise_multiplier=0.0,
+        max_grad_norm=0.2,
+        sample_rate=0.5,
+        expected_batch_size=4,
+        unit_ids=ids[order],
+    )
+    start = {k: v.clone() for k, v in module.state_dict().items()}
+    gradients = per_unit_gradients(case.module(), unit_loss, units)
+    seen = 0
+    while seen < 12:
+        for rows, labels in loader:
+            module.load_state_dict(start)
+            before = flat_parameters(module)
+            optimizer.zero_grad()
+            with engine.units():
+                nn.functional.cross_entropy(module(rows), labels).backward()
+            optimizer.step()
+            shares = [share_of(unit, rows) for unit in units]
+            assert set(shares) <= {0.0, 1.0}, "part of a patient was drawn"
+            present = [g for g, share in zip(gradients, shares, strict=True) if share == 1.0]
+            expected = clipped_sum(present, 0.2) / 4 if present else np.zeros_like(before)
+            np.testing.assert_allclose(before - flat_parameters(module), expected, atol=1e-4)
+            seen += 1
+
+
+def share_of(unit, rows: torch.Tensor) -> float:
+    """Which part of the unit's rows stands in a batch."""
+    return sum(bool((rows == row).all(dim=1).any()) for row in unit[0]) / len(unit[0])
