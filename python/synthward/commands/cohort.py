@@ -23,7 +23,8 @@ from synthward.commands.evaluate import summary_lines, write_report
 from synthward.commands.fit import load_declared, parse_settings, spent_budget
 from synthward.progress import Progress, make_progress
 
-JOB_FILE, RUN_FOLDER, COHORT, REPORT = "job.json", "run", "cohort.parquet", "report.html"
+JOB_FILE, RUN_FOLDER, LEDGER = "job.json", "run", "ledger.jsonl"
+COHORT, REPORT = "cohort.parquet", "report.html"
 SIMULATED, SIMULATED_SCHEMA = "hospital.csv", "hospital.toml"
 
 
@@ -46,6 +47,7 @@ def cohort(
         int, typer.Option("--patients", help="Patients to simulate without --data.")
     ] = 20_000,
     unit: Annotated[str | None, typer.Option("--unit", help="Column of the privacy unit.")] = None,
+    accountant: Annotated[str, typer.Option("--accountant", help="pld, rdp or prv.")] = "pld",
     steps: Annotated[int | None, typer.Option("--steps", help="Training steps.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the generator.")
@@ -56,7 +58,7 @@ def cohort(
     json: Json = False,
 ) -> None:
     """Do the whole job: (simulate,) fit, sample and evaluate. Run it again to go on, or to see it again."""
-    from synthward.engine.errors import CheckpointError
+    from synthward.engine.errors import CheckpointError, SynthwardError
 
     source = _source(data, schema)
     request: dict[str, Any] = {
@@ -67,6 +69,7 @@ def cohort(
         "delta": delta,
         "generator": generator,
         "unit": unit,
+        "accountant": accountant,
         "steps": steps,
         "settings": parse_settings(settings or []),
     }
@@ -205,13 +208,21 @@ def _fit(job: Job, data: Path, schema: Path, run: Path, progress: Progress) -> N
         return
     asked = job.request
     steps = {} if asked["steps"] is None else {"steps": asked["steps"]}
+    progress.note(
+        f"fit: planning the noise for epsilon {asked['epsilon']:g} ({asked['accountant']} accountant)"
+    )
     fit_run(
         data,
         load_declared(schema, asked["unit"]),
         epsilon=asked["epsilon"],
         delta=asked["delta"],
         out=run,
-        options=FitOptions(generator=asked["generator"], settings=asked["settings"], **steps),
+        options=FitOptions(
+            generator=asked["generator"],
+            accountant=asked["accountant"],
+            settings=asked["settings"],
+            **steps,
+        ),
         resume=begun,
         progress=progress,
     )

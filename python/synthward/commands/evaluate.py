@@ -15,7 +15,7 @@ from synthward.commands.common import Json, Overwrite, budget_line, emit, interr
 from synthward.commands.fit import spent_budget
 from synthward.progress import Progress, make_progress
 
-CURVE_POINTS = 20
+CURVE_POINTS = 16
 COHORT_FILE = "cohort.parquet"
 
 
