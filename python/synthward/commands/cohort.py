@@ -87,6 +87,11 @@ def cohort(
             raise CheckpointError(
                 f"{error}; --fresh (make cohort FRESH=1) begins anew, and spends anew"
             ) from None
+        except SynthwardError:
+            if not job.found and not (job.folder / RUN_FOLDER / LEDGER).exists():
+                # Refused before anything was spent: the folder is as new as the mistake.
+                shutil.rmtree(job.folder, ignore_errors=True)
+            raise
     result["seconds"] = round(time.perf_counter() - begin, 1)
     budget = budget_line(result["epsilon"], result["delta"], result["unit"], private=result["private"])
     files = [f"cohort: {result['cohort']}", f"report: {result['report']}"]
