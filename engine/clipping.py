@@ -26,7 +26,7 @@ def clip_factors(
     clip: ClipSpec,
     *,
     slack: float,
-    row_bound: Tensor | None = None,
+    row_bound: Tensor,
     scale: float = 1.0,
     unit_mask: Tensor | None = None,
 ) -> Tensor:
@@ -36,7 +36,7 @@ def clip_factors(
         sample_sq_norm: float32 [U], squared norms of the units' gradients before ``scale``.
         clip: the bound C.
         slack: `rounding_slack` of the norms.
-        row_bound: float32 [U] or None: sum over parameters of the squared sum of the norms of a unit's
+        row_bound: float32 [U]: sum over parameters of the squared sum of the norms of a unit's
             rows. Where rows of one unit cancel, the rounding error of the squared norm is relative to this,
             not to the norm.
         scale: what the gradients are multiplied by before they are clipped (undoes a mean over rows).
@@ -47,7 +47,7 @@ def clip_factors(
     whose norm is NaN or infinite gets exactly 0. No branch on the data, no synchronisation.
     """
     upper = sample_sq_norm * (1.0 + slack)
-    upper = upper.add(sample_sq_norm if row_bound is None else row_bound, alpha=slack)
+    upper = upper.add(row_bound, alpha=slack)
     norm = upper.clamp_min(0.0).sqrt().mul_(scale * (1.0 + 8 * UNIT_ROUNDOFF))
     factor = (clip.max_grad_norm / norm).clamp_max_(1.0).mul_(scale)
     keep = torch.isfinite(norm) & torch.isfinite(sample_sq_norm)

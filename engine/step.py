@@ -18,11 +18,12 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
 from synthward.engine.optim import Noise, make_updater
 from synthward.engine.rules.families import (
-    CleanRows,
+    Norms,
     OuterUse,
-    RowNorms,
     ScatterUse,
     Use,
+    Weights,
+    Workspace,
     add_cross_term,
     merge_uses,
 )
@@ -67,6 +68,7 @@ class DPStep:
         names = [span.name for span in self.flat]
         self.state = CaptureState(self.flat.positions, names, self.flat.data.device)
         self.has_sum = False
+        self._workspace = Workspace(self.flat.data.device)
         self._grad_scale = 1.0 / expected_batch_size
         self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
 
@@ -95,9 +97,11 @@ class DPStep:
             return
         with torch.no_grad():
             by_parameter = self._group(kept, layout)
-            norms, clean = RowNorms(), CleanRows()
-            factors = self._clip_factors(by_parameter, layout, norms, scale, unit_mask)
-            self._weigh(by_parameter, factors, clean)
+            sq_norms, row_bound, slack = self._norms(by_parameter, layout)
+            factors = clip_factors(
+                sq_norms, self.clip, slack=slack, row_bound=row_bound, scale=scale, unit_mask=unit_mask
+            )
+            self._weigh(by_parameter, factors, ~torch.isfinite(sq_norms))
 
     def _group(self, kept: list[Kept], layout: Layout) -> dict[int, list[tuple[Use, Layout]]]:
         """Uses of each parameter with the layout of their call; the first axis must hold whole batches of
@@ -115,39 +119,26 @@ class DPStep:
                 grouped[position].append((use, layout.expand(use.rows // rows)))
         return grouped
 
-    def _clip_factors(
-        self,
-        by_parameter: dict[int, list[tuple[Use, Layout]]],
-        layout: Layout,
-        norms: RowNorms,
-        scale: float,
-        unit_mask: Tensor | None,
-    ) -> Tensor:
-        sq_norm = torch.zeros(layout.num_units, dtype=torch.float32, device=self.flat.data.device)
-        bound, longest = torch.zeros_like(sq_norm), 1
-        # With one row to a unit nothing cancels, and the bound is the squared norm itself.
-        is_single = all(len(uses) == 1 and uses[0][1].is_single for uses in by_parameter.values())
+    def _norms(
+        self, by_parameter: dict[int, list[tuple[Use, Layout]]], layout: Layout
+    ) -> tuple[Tensor, Tensor, float]:
+        """Squared norms of the units [U], and the bound [U] and slack of their rounding error
+        (`clip_factors`)."""
+        sq_norms = torch.zeros(layout.num_units, dtype=torch.float32, device=self.flat.data.device)
+        row_bound, longest, count, norms = torch.zeros_like(sq_norms), 1, 0, Norms()
         for position, uses in by_parameter.items():
             merged = self._merge(position, uses)
-            row_sums = torch.zeros_like(sq_norm)
+            row_sums = torch.zeros_like(sq_norms)
             for use, use_layout in merged:
-                use.add_sq_norms(sq_norm, use_layout, norms)
+                use.add_norms(sq_norms, row_sums, use_layout, norms)
                 longest = max(longest, use.longest, use_layout.num_rows // max(use_layout.num_units, 1))
-                if not is_single:
-                    row_sums += use_layout.sum_rows(use.row_sq_norms(norms).sqrt())
-            bound.addcmul_(row_sums, row_sums)
+                count += 1
+            row_bound.addcmul_(row_sums, row_sums)
             if len(merged) == 2:
                 (outer, outer_layout), (scatter, scatter_layout) = merged
                 assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
-                add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norm)
-        return clip_factors(
-            sq_norm,
-            self.clip,
-            slack=rounding_slack(longest, sum(len(uses) for uses in by_parameter.values())),
-            row_bound=None if is_single else bound,
-            scale=scale,
-            unit_mask=unit_mask,
-        )
+                add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
+        return sq_norms, row_bound, rounding_slack(longest, count)
 
     def _merge(self, position: int, uses: list[tuple[Use, Layout]]) -> list[tuple[Use, Layout]]:
         """One use per family, rows unit by unit; the outer family first."""
@@ -165,16 +156,15 @@ class DPStep:
         return sorted(merged, key=lambda item: not isinstance(item[0], OuterUse))
 
     def _weigh(
-        self, by_parameter: dict[int, list[tuple[Use, Layout]]], factors: Tensor, clean: CleanRows
+        self, by_parameter: dict[int, list[tuple[Use, Layout]]], factors: Tensor, is_bad: Tensor
     ) -> None:
-        kept = (factors > 0).float()
-        row_values: dict[int, tuple[Layout, Tensor, Tensor]] = {}
+        weights: dict[int, tuple[Layout, Weights]] = {}
         for position, uses in by_parameter.items():
             for use, layout in uses:
-                if id(layout) not in row_values:
-                    row_values[id(layout)] = (layout, layout.to_rows(factors), layout.to_rows(kept))
-                _, weights, kept_rows = row_values[id(layout)]
-                use.add_weighted_sum(weights, kept_rows, self.flat.sums[position], clean)
+                if id(layout) not in weights:
+                    bad = layout.to_rows(is_bad).nonzero().squeeze(1)
+                    weights[id(layout)] = (layout, Weights(layout.to_rows(factors), bad, self._workspace))
+                use.add_weighted_sum(weights[id(layout)][1], self.flat.sums[position])
 
     def release(self) -> None:
         """Add noise, update the parameters, and leave the sum at zero.

@@ -18,51 +18,95 @@ from synthward.kernels import (
     diagonal_sq_norms,
     diagonal_weighted_sum,
     outer_sq_norms,
-    outer_weighted_sum,
-    scale_rows,
     scatter_sq_norms,
     scatter_weighted_sum,
 )
 
+# Up to so many rows a unit, the Gram matrices of its rows are the cheapest exact norm.
+_GRAM_ROWS = 32
 
-class RowNorms:
-    """Squared norms of the rows of kept tensors, each computed once per backward pass."""
+
+class Norms:
+    """Norms of rows and Gram matrices of units, each computed once per kept tensor and backward pass."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._grams: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Float32 [N] of `rows` [N, p]."""
-        key = id(rows)
-        if key not in self._known:
-            self._known[key] = (rows, diagonal_sq_norms(rows))
-        return self._known[key][1]
+    def rows(self, rows: Tensor) -> Tensor:
+        """L2 norm of each row of `rows` [N, p], float32 [N]."""
+        if id(rows) not in self._rows:
+            self._rows[id(rows)] = (rows, torch.linalg.vector_norm(rows, dim=1))
+        return self._rows[id(rows)][1]
+
+    def grams(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Products of all pairs of rows of each unit, float32 [U, K, K]."""
+        if id(rows) not in self._grams:
+            units = rows.view(layout.num_units, layout.rows_per_unit or 1, rows.shape[1])
+            self._grams[id(rows)] = (rows, torch.bmm(units, units.transpose(1, 2)))
+        return self._grams[id(rows)][1]
 
 
-class CleanRows:
-    """Kept tensors with the rows of units of weight zero set to zero, each made once per backward pass.
+def _by_gram(layout: Layout) -> bool:
+    return layout.rows_per_unit is not None and layout.rows_per_unit <= _GRAM_ROWS
 
-    A unit is left out because something in it is not finite, and 0 * inf is NaN in a product. Always run,
-    never decided by looking at the data.
+
+def _diagonal_norms(grams: Tensor) -> Tensor:
+    return grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+
+
+class Weights:
+    """Weight of each row in the released sum, and the rows that must not enter a product.
+
+    A unit whose norm is not finite has weight zero, but 0 * inf is NaN in a product: its rows are set to
+    zero in what was kept, by index, so that the rows of finite units are not even read. Tensors that may be
+    the caller's own are left as they are; their scaled copy is cleaned.
+
+    Args:
+        rows: float32 [N].
+        bad: int64, rows of units that are not finite.
+        workspace: gives a scratch tensor of a shape.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, rows: Tensor, bad: Tensor, workspace: Workspace) -> None:
+        self.rows, self._bad, self._workspace = rows, bad, workspace
 
-    def __call__(self, rows: Tensor, kept: Tensor) -> Tensor:
-        """`rows` [N, p], zeros where `kept` float32 [N] is 0; `kept` is otherwise 1."""
-        key = id(rows)
-        if key not in self._known:
-            self._known[key] = (rows, scale_rows(rows, kept))
-        return self._known[key][1]
+    def clean_(self, kept: Tensor) -> None:
+        """Zero the rows of non-finite units in place. By `.data`: a graph that is kept must not count this
+        as an
+        edit, since no finite unit's value changes."""
+        kept.data.index_fill_(0, self._bad, 0.0)
+
+    def scale(self, kept: Tensor) -> Tensor:
+        """``w_n * rows_n`` in scratch memory, zero for non-finite units."""
+        scaled = torch.mul(kept, self.rows.unsqueeze(1), out=self._workspace(kept.shape))
+        return scaled.index_fill_(0, self._bad, 0.0)
+
+
+class Workspace:
+    """One scratch buffer, as large as the largest request: fresh memory costs more than what is done with
+    it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(0, dtype=torch.float32, device=device)
+
+    def __call__(self, shape: torch.Size) -> Tensor:
+        size = shape.numel()
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.float32, device=self._buffer.device)
+        return self._buffer[:size].view(shape)
 
 
 @dataclass(frozen=True)
 class OuterUse:
-    """Gradient ``sum_n g_n a_n^T`` [p, d]: activations [N, d], output_grads [N, p]."""
+    """Gradient ``sum_n g_n a_n^T`` [p, d]: activations [N, d], output_grads [N, p].
+
+    `is_shared`: the activations may be memory that the caller goes on using (a batch of records).
+    """
 
     activations: Tensor
     output_grads: Tensor
+    is_shared: bool = True
 
     @property
     def rows(self) -> int:
@@ -72,24 +116,29 @@ class OuterUse:
     def longest(self) -> int:
         return max(self.activations.shape[1], self.output_grads.shape[1])
 
-    def add_sq_norms(self, out: Tensor, layout: Layout, norms: RowNorms) -> None:
-        if layout.is_single:
-            out.addcmul_(norms(self.activations), norms(self.output_grads))
-        else:
-            a, g = layout.sort_rows(self.activations), layout.sort_rows(self.output_grads)
-            outer_sq_norms(a, g, layout.offsets, out=out)
-
-    def row_sq_norms(self, norms: RowNorms) -> Tensor:
-        return norms(self.activations) * norms(self.output_grads)
-
-    def add_weighted_sum(self, weights: Tensor, kept: Tensor, out: Tensor, clean: CleanRows) -> None:
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        """Add each unit's squared norm, and the sum over its rows of the norms of the rows' own gradients."""
         a, g = self.activations, self.output_grads
-        # The smaller operand is scaled (and cleaned) by the kernel; the other must be finite already.
-        if g.shape[1] <= a.shape[1]:
-            a = clean(a, kept)
+        if layout.is_single:
+            norm = norms.rows(a) * norms.rows(g)
+            sq_norms.addcmul_(norm, norm)
+            row_sums += norm
+        elif _by_gram(layout):
+            grams_a, grams_g = norms.grams(a, layout), norms.grams(g, layout)
+            sq_norms += (grams_a * grams_g).sum((1, 2))
+            row_sums += (_diagonal_norms(grams_a) * _diagonal_norms(grams_g)).sum(1)
         else:
-            g = clean(g, kept)
-        outer_weighted_sum(a, g, weights, out=out)
+            outer_sq_norms(layout.sort_rows(a), layout.sort_rows(g), layout.offsets, out=sq_norms)
+            row_sums += layout.sum_rows(norms.rows(a) * norms.rows(g))
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        a, g = self.activations, self.output_grads
+        weights.clean_(g)
+        if self.is_shared or a.shape[1] < g.shape[1]:
+            out.addmm_(g.t(), weights.scale(a))
+        else:
+            weights.clean_(a)
+            out.addmm_(weights.scale(g).t(), a)
 
     def reorder(self, index: Tensor) -> OuterUse:
         return OuterUse(self.activations.index_select(0, index), self.output_grads.index_select(0, index))
@@ -101,10 +150,10 @@ class OuterUse:
 
 @dataclass(frozen=True)
 class DiagonalUse:
-    """Gradient ``sum_n r_n * f_n`` [p]: rows [N, p], factors [N, p] or None for ones."""
+    """Gradient ``sum_n r_n`` [p] of rows [N, p]: output gradients (a bias), or these times a factor (a
+    scale)."""
 
     grads: Tensor
-    factors: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -114,34 +163,30 @@ class DiagonalUse:
     def longest(self) -> int:
         return self.grads.shape[1]
 
-    def add_sq_norms(self, out: Tensor, layout: Layout, norms: RowNorms) -> None:
-        if layout.is_single and self.factors is None:
-            out.add_(norms(self.grads))
-            return
-        factors = None if self.factors is None else layout.sort_rows(self.factors)
-        diagonal_sq_norms(layout.sort_rows(self.grads), layout.offsets, factors=factors, out=out)
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        """Add each unit's squared norm, and the sum over its rows of their norms."""
+        if layout.is_single:
+            norm = norms.rows(self.grads)
+            sq_norms.addcmul_(norm, norm)
+            row_sums += norm
+        elif _by_gram(layout):
+            grams = norms.grams(self.grads, layout)
+            sq_norms += grams.sum((1, 2))
+            row_sums += _diagonal_norms(grams).sum(1)
+        else:
+            diagonal_sq_norms(layout.sort_rows(self.grads), layout.offsets, out=sq_norms)
+            row_sums += layout.sum_rows(norms.rows(self.grads))
 
-    def row_sq_norms(self, norms: RowNorms) -> Tensor:
-        return (
-            norms(self.grads) if self.factors is None else diagonal_sq_norms(self.grads, factors=self.factors)
-        )
-
-    def add_weighted_sum(self, weights: Tensor, kept: Tensor, out: Tensor, clean: CleanRows) -> None:
-        factors = None if self.factors is None else clean(self.factors, kept)
-        diagonal_weighted_sum(clean(self.grads, kept), weights, factors=factors, out=out.view(-1))
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        weights.clean_(self.grads)
+        diagonal_weighted_sum(self.grads, weights.rows, out=out.view(-1))
 
     def reorder(self, index: Tensor) -> DiagonalUse:
-        factors = None if self.factors is None else self.factors.index_select(0, index)
-        return DiagonalUse(self.grads.index_select(0, index), factors)
+        return DiagonalUse(self.grads.index_select(0, index))
 
     @staticmethod
     def concatenate(uses: Sequence[DiagonalUse]) -> DiagonalUse:
-        grads = torch.cat([u.grads for u in uses])
-        if all(u.factors is None for u in uses):
-            return DiagonalUse(grads)
-        return DiagonalUse(
-            grads, torch.cat([torch.ones_like(u.grads) if u.factors is None else u.factors for u in uses])
-        )
+        return DiagonalUse(torch.cat([u.grads for u in uses]))
 
 
 @dataclass(frozen=True)
@@ -159,15 +204,15 @@ class ScatterUse:
     def longest(self) -> int:
         return self.output_grads.shape[1]
 
-    def add_sq_norms(self, out: Tensor, layout: Layout, norms: RowNorms) -> None:
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        """Add each unit's squared norm, and the sum over its rows of their norms."""
         ids, grads = layout.sort_rows(self.ids), layout.sort_rows(self.output_grads)
-        scatter_sq_norms(ids, grads, layout.offsets, out=out)
+        scatter_sq_norms(ids, grads, layout.offsets, out=sq_norms)
+        row_sums += layout.sum_rows(norms.rows(self.output_grads))
 
-    def row_sq_norms(self, norms: RowNorms) -> Tensor:
-        return norms(self.output_grads)
-
-    def add_weighted_sum(self, weights: Tensor, kept: Tensor, out: Tensor, clean: CleanRows) -> None:
-        scatter_weighted_sum(self.ids, self.output_grads, weights, out=out)
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        weights.clean_(self.output_grads)
+        scatter_weighted_sum(self.ids, self.output_grads, weights.rows, out=out)
 
     def reorder(self, index: Tensor) -> ScatterUse:
         return ScatterUse(self.ids.index_select(0, index), self.output_grads.index_select(0, index))

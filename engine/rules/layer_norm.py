@@ -1,4 +1,4 @@
-"""LayerNorm: the diagonal family, the scale with the normalised input as factor."""
+"""LayerNorm: the diagonal family; the rows of the scale are output gradient times normalised input."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class _LayerNorm(torch.autograd.Function):
         g = grad.reshape(-1, width).float()
         uses: list[tuple[int, Use]] = []
         if weight_at is not None:
-            normalised = ((x.detach() - mean) * rstd).reshape(-1, width).float().contiguous()
-            uses.append((weight_at, DiagonalUse(g, normalised)))
+            # (x - mean) * rstd in one pass, then times the output gradient in place.
+            scaled = torch.addcmul(-mean * rstd, x.detach(), rstd).mul_(grad)
+            uses.append((weight_at, DiagonalUse(scaled.reshape(-1, width).float())))
         if bias_at is not None:
             uses.append((bias_at, DiagonalUse(g)))
         ctx.state.keep(Kept("layer_norm", leading, forward, uses))

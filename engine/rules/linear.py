@@ -40,7 +40,10 @@ class _Linear(torch.autograd.Function):
         uses: list[tuple[int, Use]] = []
         if weight_at is not None:
             a = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-            uses.append((weight_at, OuterUse(a, g)))
+            # What has a gradient function of its own was computed on the way; the rest may be the caller's
+            # data.
+            is_shared = x.grad_fn is None or x._is_view()
+            uses.append((weight_at, OuterUse(a, g, is_shared)))
         if bias_at is not None:
             uses.append((bias_at, DiagonalUse(g)))
         ctx.state.keep(Kept("linear", leading, forward, uses))
