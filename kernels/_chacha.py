@@ -2,19 +2,24 @@
 
 Layout, mirrored in ``csrc/core/chacha.inl`` and ``gaussian.inl``: the key has 32 bytes; state words 12-13 are
 the 64-bit block counter, words 14-15 the 64-bit nonce ``stream << 48 | step`` with ``stream < 2^15``; the top
-bit marks extension blocks. Element e of a Gaussian stream lies in group ``e // 256`` at place ``r = e % 256``:
-block ``16 * group + r % 16``, lane ``r // 16``; lane j < 8 is the cosine of radius word j and angle word
-8 + j, lane 8 + j the sine.
+bit marks extension blocks.
+
+Element e of a Gaussian stream lies in group ``e // 256`` at place ``r = e % 256``: in block
+``16 * group + r % 16``, lane ``r // 16``. Lane j < 8 is the cosine of radius word j and angle word 8 + j,
+lane 8 + j the sine. A radius word w stands for the uniform ``w / 2^32``, as the nearest float32; one below
+2^16 is refined by word j of the extension block, v, to ``(w + (v + 1/2) / 2^32) / 2^32``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from synthward import _C
+from synthward.kernels import _check
 
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", dtype="<u4")
+RARE = 1 << 16
+EXTENSION_BIT = 1 << 63
 
 
 def chacha20_words(key: bytes, *, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]:
@@ -23,13 +28,12 @@ def chacha20_words(key: bytes, *, stream: int, step: int, start: int, count: int
     Raises:
         ValueError: key not of 32 bytes, stream not below 2^15, step not below 2^48, or a negative position.
     """
+    _check.place(key, stream, step, start, count)
     return _C.chacha20_words(key, stream, step, start, count)
 
 
 def reference_blocks(key: bytes, nonce: int, counters: NDArray[np.uint64]) -> NDArray[np.uint32]:
     """Plain NumPy ChaCha20 blocks, uint32 [len(counters), 16] (RFC 8439, section 2.3)."""
-    if len(key) != 32:
-        raise ValueError(f"key: has {len(key)} bytes, expected 32")
     state = np.empty((16, len(counters)), dtype=np.uint32)
     state[:4] = _CONSTANTS[:, None]
     state[4:12] = np.frombuffer(key, dtype="<u4")[:, None]
@@ -53,12 +57,12 @@ def reference_gaussians(key: bytes, *, stream: int, step: int, start: int, count
     block, lane = group * 16 + place % 16, place // 16
     counters, inverse = np.unique(block, return_inverse=True)
     words = reference_blocks(key, nonce, counters.astype(np.uint64))
-    extra = reference_blocks(key, nonce | 1 << 63, counters.astype(np.uint64))
+    extra = reference_blocks(key, nonce | EXTENSION_BIT, counters.astype(np.uint64))
     pair = lane % 8
     radius = words[inverse, pair].astype(np.uint64)
-    coarse = ((radius >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    coarse = radius.astype(np.float32).astype(np.float64) * 2.0**-32
     whole = (radius << np.uint64(32)) | extra[inverse, pair].astype(np.uint64)
-    uniform = np.where(radius < 65536, (whole.astype(np.float64) + 0.5) * 2.0**-64, coarse)
+    uniform = np.where(radius < RARE, (whole.astype(np.float64) + 0.5) * 2.0**-64, coarse)
     angle = words[inverse, 8 + pair].astype(np.float64) * (2.0 * np.pi / 2.0**32)
     wave = np.where(lane < 8, np.cos(angle), np.sin(angle))
     return (np.sqrt(-2.0 * np.log(uniform)) * wave).astype(np.float32)

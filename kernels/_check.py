@@ -1,9 +1,17 @@
-"""Shared checks of arguments at the Python entry."""
+"""Shared checks of arguments at the Python entry: TypeError and ValueError that name the argument."""
 
 from __future__ import annotations
 
+import math
+import operator
+
+import numpy as np
 import torch
 from torch import Tensor
+
+STREAM_BITS = 15  # the sixteenth marks extension blocks, see _chacha.py
+STEP_BITS = 48
+_FLOAT32 = np.finfo(np.float32)
 
 
 def matrix(tensor: Tensor, name: str) -> None:
@@ -13,24 +21,39 @@ def matrix(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: has dtype {tensor.dtype}, expected floating point")
 
 
+def row_ids(tensor: Tensor, rows: int) -> None:
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"ids: has dtype {tensor.dtype}, expected torch.int64")
+    if tensor.ndim != 1 or len(tensor) != rows:
+        raise ValueError(f"ids: has shape {list(tensor.shape)}, expected [{rows}]")
+
+
 def same_rows(tensor: Tensor, rows: int, name: str) -> None:
     if len(tensor) != rows:
         raise ValueError(f"{name}: has {len(tensor)} rows, expected {rows}")
+
+
+def shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected {list(expected)}")
 
 
 def flat_float(tensor: Tensor, name: str, length: int | None = None) -> None:
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: has dtype {tensor.dtype}, expected torch.float32")
     if tensor.ndim != 1 or (length is not None and len(tensor) != length):
-        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{'P' if length is None else length}]")
+        expected = "P" if length is None else length
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{expected}]")
 
 
 def unit_count(offsets: Tensor | None, rows: int) -> int:
     """Number of units; checks that the offsets run from 0 to the number of rows without decreasing."""
     if offsets is None:
         return rows
-    if offsets.dtype != torch.int64 or offsets.ndim != 1 or len(offsets) < 1:
-        raise ValueError("offsets: expected int64 of shape [U + 1]")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets: has dtype {offsets.dtype}, expected torch.int64")
+    if offsets.ndim != 1 or len(offsets) < 1:
+        raise ValueError(f"offsets: has shape {list(offsets.shape)}, expected [U + 1]")
     if int(offsets[0]) != 0 or int(offsets[-1]) != rows or bool((offsets.diff() < 0).any()):
         raise ValueError("offsets: must run from 0 to the number of rows and never decrease")
     return len(offsets) - 1
@@ -42,3 +65,40 @@ def unit_output(out: Tensor | None, units: int, like: Tensor) -> Tensor:
         return torch.zeros(units, dtype=torch.float32, device=like.device)
     flat_float(out, "out", units)
     return out
+
+
+def finite(value: float, name: str, low: float = -math.inf) -> None:
+    """A number that is at least `low` and finite as a float32."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number") from None
+    if not low <= number <= _FLOAT32.max or number < _FLOAT32.min:
+        at_least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name}: got {value}, expected a finite number{at_least}")
+
+
+def noise_std(value: float) -> None:
+    finite(value, "noise_std", 0.0)
+    if 0 < value < _FLOAT32.tiny:
+        raise ValueError(f"noise_std: got {value}, which float32 cannot hold; use 0 for no noise")
+
+
+def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
+    """Coordinates of elements ``start .. start + count`` of a noise stream."""
+    if not isinstance(key, bytes):
+        raise TypeError(f"key: got {type(key).__name__}, expected bytes")
+    if len(key) != 32:
+        raise ValueError(f"key: has {len(key)} bytes, expected 32")
+    for name, value, limit in (
+        ("stream", stream, 1 << STREAM_BITS),
+        ("step", step, 1 << STEP_BITS),
+        ("count", count, 1 << 63),
+        ("start", start, (1 << 63) - max(count, 0)),
+    ):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
+        if not 0 <= number < limit:
+            raise ValueError(f"{name}: got {value}, expected 0 <= {name} < {limit}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-
+from numpy.typing import NDArray
 from synthward import _C
+from torch import Tensor
 
 Backend = Literal["auto", "reference", "cpp"]
 
@@ -26,7 +26,23 @@ def use_cpp(backend: Backend, *tensors: Tensor | None) -> bool:
 
 def _fits(tensor: Tensor) -> bool:
     typed = tensor.dtype in (torch.float32, torch.int64)
-    return tensor.device.type == "cpu" and typed and tensor.is_contiguous()
+    return tensor.device.type == "cpu" and typed and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def view(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's own memory as an array."""
+    return tensor.detach().numpy()
+
+
+def maybe_view(tensor: Tensor | None) -> NDArray[Any] | None:
+    return None if tensor is None else view(tensor)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd that memory was written behind its back, so that a stale saved tensor is an error."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def threads() -> int:

@@ -45,7 +45,8 @@ template <typename T, typename S>
 void check_apart(const Array<T>& a, const Array<S>& b, const char* name) {
   const char* a0 = reinterpret_cast<const char*>(a.data());
   const char* b0 = reinterpret_cast<const char*>(b.data());
-  if (a.nbytes() && b.nbytes() && a0 < b0 + b.nbytes() && b0 < a0 + a.nbytes()) refuse(name, "overlaps another argument");
+  if (a.nbytes() && b.nbytes() && a0 < b0 + b.nbytes() && b0 < a0 + a.nbytes())
+    refuse(name, "overlaps another argument");
 }
 
 }  // namespace synthward

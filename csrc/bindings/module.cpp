@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "bindings/array_view.h"
 #include "dispatch.h"
@@ -16,10 +18,13 @@ using Longs = Array<int64_t>;
 using MaybeFloats = std::optional<Floats>;
 using MaybeLongs = std::optional<Longs>;
 
-// Elements of an update that are worth a thread of their own.
-constexpr int64_t kMinUpdate = 16384;
-// Rows of norms that are worth a thread of their own.
-constexpr int64_t kMinUnits = 64;
+// Elements that are worth a thread of their own (a multiple of 256: whole groups of normals). Norms and sums
+// are cut into units, rows or columns of about as many.
+constexpr int64_t kGrain = 65536;
+
+int64_t grain_of(int64_t elements, int64_t pieces) {
+  return pieces < 1 ? 1 : std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements / pieces));
+}
 
 NoiseStream make_stream(const py::bytes& key, int64_t stream, int64_t step) {
   const std::string text = key;
@@ -35,8 +40,10 @@ NoiseStream make_stream(const py::bytes& key, int64_t stream, int64_t step) {
   return out;
 }
 
-void check_start(int64_t start) {
+void check_range(int64_t start, int64_t count) {
   if (start < 0) refuse("start", "is negative");
+  if (count < 0) refuse("count", "is negative");
+  if (start > INT64_MAX - count) refuse("start", "is too large");
 }
 
 struct Units {
@@ -61,10 +68,12 @@ void outer_sq_norms(const Floats& a, const Floats& g, const MaybeLongs& offsets,
   const Units units = check_units(offsets, a.shape(0));
   float* po = output(out, "out", 1);
   check_length(out.shape(0), units.count, "out");
-  const int64_t d = a.shape(1), p = g.shape(1);
+  check_apart(a, out, "out");
+  check_apart(g, out, "out");
+  const int64_t d = a.shape(1), p = g.shape(1), grain = grain_of(a.size() + g.size(), units.count);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(units.count, 1, kMinUnits, threads,
+  parallel_for(units.count, grain, threads,
                [=, &table](int64_t f, int64_t t) { table.outer_sq_norms(pa, pg, units.offsets, f, t, d, p, po); });
 }
 
@@ -79,10 +88,12 @@ void diagonal_sq_norms(const Floats& rows, const MaybeFloats& factors, const May
   const Units units = check_units(offsets, rows.shape(0));
   float* po = output(out, "out", 1);
   check_length(out.shape(0), units.count, "out");
-  const int64_t p = rows.shape(1);
+  check_apart(rows, out, "out");
+  if (factors) check_apart(*factors, out, "out");
+  const int64_t p = rows.shape(1), grain = grain_of(rows.size(), units.count);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(units.count, 1, kMinUnits, threads,
+  parallel_for(units.count, grain, threads,
                [=, &table](int64_t f, int64_t t) { table.diagonal_sq_norms(pr, pf, units.offsets, f, t, p, po); });
 }
 
@@ -93,10 +104,11 @@ void scatter_sq_norms(const Longs& ids, const Floats& g, const MaybeLongs& offse
   const Units units = check_units(offsets, g.shape(0));
   float* po = output(out, "out", 1);
   check_length(out.shape(0), units.count, "out");
-  const int64_t p = g.shape(1);
+  check_apart(g, out, "out");
+  const int64_t p = g.shape(1), grain = grain_of(g.size(), units.count);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(units.count, 1, kMinUnits, threads,
+  parallel_for(units.count, grain, threads,
                [=, &table](int64_t f, int64_t t) { table.scatter_sq_norms(pi, pg, units.offsets, f, t, p, po); });
 }
 
@@ -108,17 +120,60 @@ void scale_rows(const Floats& x, const Floats& weights, Floats& out, int threads
   check_length(out.shape(0), x.shape(0), "out");
   check_length(out.shape(1), x.shape(1), "out");
   check_apart(x, out, "out");
-  const int64_t p = x.shape(1), min_rows = kMinUpdate / (p > 0 ? p : 1) + 1;
+  check_apart(weights, out, "out");
+  const int64_t p = x.shape(1), grain = grain_of(x.size(), x.shape(0));
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(x.shape(0), 1, min_rows, threads,
+  parallel_for(x.shape(0), grain, threads,
                [=, &table](int64_t f, int64_t t) { table.scale_rows(px, pw, f, t, p, po); });
+}
+
+void diagonal_weighted_sum(const Floats& rows, const MaybeFloats& factors, const Floats& weights, Floats& out,
+                           int threads) {
+  const float* pr = input(rows, "rows", 2);
+  const float* pf = factors ? input(*factors, "factors", 2) : nullptr;
+  if (factors) {
+    check_length(factors->shape(0), rows.shape(0), "factors");
+    check_length(factors->shape(1), rows.shape(1), "factors");
+    check_apart(*factors, out, "out");
+  }
+  const float* pw = input(weights, "row_weights", 1);
+  check_length(weights.shape(0), rows.shape(0), "row_weights");
+  float* po = output(out, "out", 1);
+  check_length(out.shape(0), rows.shape(1), "out");
+  check_apart(rows, out, "out");
+  check_apart(weights, out, "out");
+  // Columns in runs of whole cache lines.
+  const int64_t n = rows.shape(0), p = rows.shape(1), grain = (grain_of(rows.size(), p) + 255) / 256 * 256;
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(p, grain, threads,
+               [=, &table](int64_t f, int64_t t) { table.diagonal_weighted_sum(pr, pf, pw, n, p, f, t, po); });
+}
+
+void scatter_weighted_sum(const Longs& ids, const Floats& g, const Floats& weights, Floats& out, int threads) {
+  const int64_t* pi = input(ids, "ids", 1);
+  const float* pg = input(g, "output_grads", 2);
+  check_length(g.shape(0), ids.shape(0), "output_grads");
+  const float* pw = input(weights, "row_weights", 1);
+  check_length(weights.shape(0), ids.shape(0), "row_weights");
+  float* po = output(out, "out", 2);
+  check_length(out.shape(1), g.shape(1), "out");
+  check_apart(g, out, "out");
+  check_apart(ids, out, "out");
+  check_apart(weights, out, "out");
+  const int64_t n = ids.shape(0), p = g.shape(1), grain = (grain_of(g.size(), p) + 15) / 16 * 16;
+  for (int64_t r = 0; r < n; ++r)
+    if (pi[r] >= out.shape(0)) refuse("ids", "name a row beyond the table");
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  parallel_for(p, grain, threads,
+               [=, &table](int64_t f, int64_t t) { table.scatter_weighted_sum(pi, pg, pw, n, p, f, t, po); });
 }
 
 Array<uint32_t> chacha20_words(const py::bytes& key, int64_t stream, int64_t step, int64_t start, int64_t count) {
   const NoiseStream noise = make_stream(key, stream, step);
-  check_start(start);
-  if (count < 0) refuse("count", "is negative");
+  check_range(start, count);
   Array<uint32_t> out(count);
   uint32_t* po = out.mutable_data();
   {
@@ -154,86 +209,90 @@ Array<uint32_t> chacha20_block(const Array<uint32_t>& state) {
 
 void gaussian_noise(Floats& out, const py::bytes& key, int64_t stream, int64_t step, int64_t start, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
-  check_start(start);
   float* po = output(out, "out", 1);
   const int64_t n = out.shape(0);
+  check_range(start, n);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(n, 256, kMinUpdate, threads,
+  parallel_for(n, kGrain, threads,
                [=, &table](int64_t f, int64_t t) { table.gaussian(&noise, start + f, t - f, po + f); });
 }
 
 void add_gaussian_noise(Floats& tensor, const py::bytes& key, int64_t stream, int64_t step, int64_t start,
                         float noise_std, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
-  check_start(start);
   float* po = output(tensor, "tensor", 1);
   const int64_t n = tensor.shape(0);
+  check_range(start, n);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(n, 256, kMinUpdate, threads,
+  parallel_for(n, kGrain, threads,
                [=, &table](int64_t f, int64_t t) { table.add_gaussian(&noise, start + f, t - f, noise_std, po + f); });
 }
 
-void noisy_adam(Floats& param, Floats& grad, Floats& m, Floats& v, const py::bytes& key, int64_t stream, int64_t step,
-                int64_t start, float noise_std, float grad_scale, double lr, double beta1, double beta2, float eps,
-                float weight_decay, bool decoupled, double bias1, double bias2, int threads) {
+// The buffers of one update: flat, of one length, and none inside another.
+void check_buffers(const std::vector<std::pair<const char*, Floats*>>& buffers, int64_t start) {
+  const int64_t n = buffers[0].second->shape(0);
+  check_range(start, n);
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    check_length(buffers[i].second->shape(0), n, buffers[i].first);
+    for (size_t j = 0; j < i; ++j) check_apart(*buffers[j].second, *buffers[i].second, buffers[i].first);
+  }
+}
+
+void noisy_adam(Floats& param, Floats& grad, Floats& exp_avg, Floats& exp_avg_sq, const py::bytes& key, int64_t stream,
+                int64_t step, int64_t start, double noise_std, double grad_scale, double lr, double beta1, double beta2,
+                double eps, double weight_decay, bool decoupled, double bias1, double bias2, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
-  check_start(start);
   AdamArgs args{};
   args.param = output(param, "param", 1);
   args.grad = output(grad, "summed_grad", 1);
-  args.m = output(m, "exp_avg", 1);
-  args.v = output(v, "exp_avg_sq", 1);
-  const int64_t n = param.shape(0);
-  check_length(grad.shape(0), n, "summed_grad");
-  check_length(m.shape(0), n, "exp_avg");
-  check_length(v.shape(0), n, "exp_avg_sq");
-  check_apart(param, grad, "summed_grad");
-  check_apart(m, v, "exp_avg_sq");
-  args.noise_std = noise_std;
-  args.grad_scale = grad_scale;
-  args.beta1 = static_cast<float>(beta1);
+  args.exp_avg = output(exp_avg, "exp_avg", 1);
+  args.exp_avg_sq = output(exp_avg_sq, "exp_avg_sq", 1);
+  check_buffers({{"param", &param}, {"summed_grad", &grad}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}}, start);
+  args.noise_std = static_cast<float>(noise_std);
+  args.grad_scale = static_cast<float>(grad_scale);
+  args.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   args.beta2 = static_cast<float>(beta2);
-  args.weight_decay = weight_decay;
-  args.decoupled = decoupled;
-  args.decay_factor = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
+  args.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  args.l2 = decoupled ? 0.0f : static_cast<float>(weight_decay);
+  args.keep = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
   args.step_size = static_cast<float>(lr / bias1);
   args.bias2_sqrt_inv = static_cast<float>(1.0 / std::sqrt(bias2));
-  args.eps = eps;
+  args.eps = static_cast<float>(eps);
+  const int64_t n = param.shape(0);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(n, 256, kMinUpdate, threads,
-               [=, &table](int64_t f, int64_t t) { table.adam(&noise, start, f, t, &args); });
+  parallel_for(n, kGrain, threads,
+               [=, &noise, &args, &table](int64_t f, int64_t t) { table.adam(&noise, start, f, t, &args); });
 }
 
 void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buffer, const py::bytes& key,
-               int64_t stream, int64_t step, int64_t start, float noise_std, float grad_scale, float lr,
-               float momentum, float dampening, bool nesterov, float weight_decay, bool first_step, int threads) {
+               int64_t stream, int64_t step, int64_t start, double noise_std, double grad_scale, double lr,
+               double momentum, double dampening, bool nesterov, double weight_decay, bool first_step, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
-  check_start(start);
   SgdArgs args{};
   args.param = output(param, "param", 1);
   args.grad = output(grad, "summed_grad", 1);
-  const int64_t n = param.shape(0);
-  check_length(grad.shape(0), n, "summed_grad");
-  check_apart(param, grad, "summed_grad");
+  std::vector<std::pair<const char*, Floats*>> buffers{{"param", &param}, {"summed_grad", &grad}};
   if (momentum_buffer) {
     args.momentum_buffer = output(*momentum_buffer, "momentum_buffer", 1);
-    check_length(momentum_buffer->shape(0), n, "momentum_buffer");
+    buffers.emplace_back("momentum_buffer", &*momentum_buffer);
   }
-  args.noise_std = noise_std;
-  args.grad_scale = grad_scale;
-  args.lr = lr;
-  args.momentum = momentum;
-  args.dampening = dampening;
+  check_buffers(buffers, start);
+  args.noise_std = static_cast<float>(noise_std);
+  args.grad_scale = static_cast<float>(grad_scale);
+  args.lr = static_cast<float>(lr);
+  args.momentum = static_cast<float>(momentum);
+  args.one_minus_dampening = static_cast<float>(1.0 - dampening);
+  args.weight_decay = static_cast<float>(weight_decay);
   args.nesterov = nesterov;
-  args.weight_decay = weight_decay;
   args.first_step = first_step;
+  const int64_t n = param.shape(0);
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(n, 256, kMinUpdate, threads,
-               [=, &table](int64_t f, int64_t t) { table.sgd(&noise, start, f, t, &args); });
+  parallel_for(n, kGrain, threads,
+               [=, &noise, &args, &table](int64_t f, int64_t t) { table.sgd(&noise, start, f, t, &args); });
 }
 
 }  // namespace
@@ -251,6 +310,10 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));
   m.def("scale_rows", &scale_rows, arg("rows").noconvert(), arg("row_weights").noconvert(), arg("out").noconvert(),
         arg("threads"));
+  m.def("diagonal_weighted_sum", &diagonal_weighted_sum, arg("rows").noconvert(), arg("factors").noconvert(),
+        arg("row_weights").noconvert(), arg("out").noconvert(), arg("threads"));
+  m.def("scatter_weighted_sum", &scatter_weighted_sum, arg("ids").noconvert(), arg("output_grads").noconvert(),
+        arg("row_weights").noconvert(), arg("out").noconvert(), arg("threads"));
   m.def("chacha20_words", &chacha20_words, arg("key"), arg("stream"), arg("step"), arg("start"), arg("count"));
   m.def("chacha20_block", &chacha20_block, arg("state").noconvert());
   m.def("gaussian_noise", &gaussian_noise, arg("out").noconvert(), arg("key"), arg("stream"), arg("step"),
@@ -265,6 +328,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         arg("momentum_buffer").noconvert(), arg("key"), arg("stream"), arg("step"), arg("start"), arg("noise_std"),
         arg("grad_scale"), arg("lr"), arg("momentum"), arg("dampening"), arg("nesterov"), arg("weight_decay"),
         arg("first_step"), arg("threads"));
+  m.attr("LONGEST_GRAM") = kLongestGram;
   m.def("cpu_isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("force_isa", &force_isa, arg("name"));

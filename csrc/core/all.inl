@@ -1,21 +1,27 @@
-// All kernels of one instruction set. Included once per set, with SYNTHWARD_ISA naming the namespace.
+// All kernels of one instruction set. Included once per set, with SYNTHWARD_ISA naming the namespace. C
+// headers only: see kernel_table.h.
 #include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-#include "core/vector.h"
-#include "dispatch.h"
+#include "kernel_table.h"
 
 namespace synthward {
 namespace SYNTHWARD_ISA {
 
+#include "core/vector.inl"
+
 #include "core/chacha.inl"
 #include "core/gaussian.inl"
 #include "core/norms.inl"
+#include "core/sums.inl"
 #include "core/update.inl"
 
 extern const KernelTable table;
 const KernelTable table = {
-    SYNTHWARD_ISA_NAME, chacha_blocks16, gaussian,          add_gaussian,     adam,
-    sgd,                outer_sq_norms,  diagonal_sq_norms, scatter_sq_norms, scale_rows,
+    SYNTHWARD_ISA_NAME, chacha_blocks16,  gaussian,   add_gaussian,          adam, sgd, outer_sq_norms,
+    diagonal_sq_norms,  scatter_sq_norms, scale_rows, diagonal_weighted_sum, scatter_weighted_sum,
 };
 
 }  // namespace SYNTHWARD_ISA

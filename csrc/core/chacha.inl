@@ -1,39 +1,39 @@
-// ChaCha20 (RFC 8439, section 2.3, with the original 64-bit counter and 64-bit nonce), sixteen blocks at a time.
+// ChaCha20 (RFC 8439, section 2.3, with the original 64-bit counter and 64-bit nonce), one block per lane.
 //
 // State words: 0-3 constants, 4-11 key, 12-13 block counter, 14-15 nonce = stream << 48 | step.
 // The top bit of the stream marks the extension block that refines rare radii (gaussian.inl).
 
-#define SYNTHWARD_ROTL(x, n) (((x) << (n)) | ((x) >> (32 - (n))))
-#define SYNTHWARD_QUARTER(a, b, c, d) \
-  a += b; d ^= a; d = SYNTHWARD_ROTL(d, 16); \
-  c += d; b ^= c; b = SYNTHWARD_ROTL(b, 12); \
-  a += b; d ^= a; d = SYNTHWARD_ROTL(d, 8); \
-  c += d; b ^= c; b = SYNTHWARD_ROTL(b, 7)
-
-SYNTHWARD_INLINE u32x16 splat(uint32_t value) {
-  return u32x16{} + value;
+SYNTHWARD_INLINE void quarter_round(vu& a, vu& b, vu& c, vu& d) {
+  a += b;
+  d = rotate_left<16>(d ^ a);
+  c += d;
+  b = rotate_left<12>(b ^ c);
+  a += b;
+  d = rotate_left<8>(d ^ a);
+  c += d;
+  b = rotate_left<7>(b ^ c);
 }
 
-// words[w] holds word w of the blocks counter .. counter + 15.
-SYNTHWARD_INLINE void chacha16(const uint32_t* state, uint64_t counter, u32x16* words) {
-  u32x16 low = splat((uint32_t)counter);
-  const u32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  low += lane;
+// words[w] holds word w of the blocks counter .. counter + LANES - 1.
+SYNTHWARD_INLINE void chacha(const uint32_t* state, uint64_t counter, vu* words) {
+  vu lane;
+  for (int l = 0; l < LANES; ++l) lane[l] = (uint32_t)l;
+  const vu low = splat((uint32_t)counter) + lane;
   // A lane whose low word wrapped around carries into the high word.
-  u32x16 high = splat((uint32_t)(counter >> 32)) - (u32x16)(low < lane);
-  u32x16 x0 = splat(state[0]), x1 = splat(state[1]), x2 = splat(state[2]), x3 = splat(state[3]);
-  u32x16 x4 = splat(state[4]), x5 = splat(state[5]), x6 = splat(state[6]), x7 = splat(state[7]);
-  u32x16 x8 = splat(state[8]), x9 = splat(state[9]), x10 = splat(state[10]), x11 = splat(state[11]);
-  u32x16 x12 = low, x13 = high, x14 = splat(state[14]), x15 = splat(state[15]);
+  const vu high = splat((uint32_t)(counter >> 32)) - (vu)(low < lane);
+  vu x0 = splat(state[0]), x1 = splat(state[1]), x2 = splat(state[2]), x3 = splat(state[3]);
+  vu x4 = splat(state[4]), x5 = splat(state[5]), x6 = splat(state[6]), x7 = splat(state[7]);
+  vu x8 = splat(state[8]), x9 = splat(state[9]), x10 = splat(state[10]), x11 = splat(state[11]);
+  vu x12 = low, x13 = high, x14 = splat(state[14]), x15 = splat(state[15]);
   for (int round = 0; round < 10; ++round) {
-    SYNTHWARD_QUARTER(x0, x4, x8, x12);
-    SYNTHWARD_QUARTER(x1, x5, x9, x13);
-    SYNTHWARD_QUARTER(x2, x6, x10, x14);
-    SYNTHWARD_QUARTER(x3, x7, x11, x15);
-    SYNTHWARD_QUARTER(x0, x5, x10, x15);
-    SYNTHWARD_QUARTER(x1, x6, x11, x12);
-    SYNTHWARD_QUARTER(x2, x7, x8, x13);
-    SYNTHWARD_QUARTER(x3, x4, x9, x14);
+    quarter_round(x0, x4, x8, x12);
+    quarter_round(x1, x5, x9, x13);
+    quarter_round(x2, x6, x10, x14);
+    quarter_round(x3, x7, x11, x15);
+    quarter_round(x0, x5, x10, x15);
+    quarter_round(x1, x6, x11, x12);
+    quarter_round(x2, x7, x8, x13);
+    quarter_round(x3, x4, x9, x14);
   }
   words[0] = x0 + splat(state[0]);
   words[1] = x1 + splat(state[1]);
@@ -53,18 +53,19 @@ SYNTHWARD_INLINE void chacha16(const uint32_t* state, uint64_t counter, u32x16* 
   words[15] = x15 + splat(state[15]);
 }
 
-SYNTHWARD_INLINE void set_state(const NoiseStream* stream, uint64_t nonce, uint32_t* state) {
+SYNTHWARD_INLINE void set_state(const NoiseStream* stream, uint32_t* state) {
   const uint32_t constants[4] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u};
   for (int i = 0; i < 4; ++i) state[i] = constants[i];
   for (int i = 0; i < 8; ++i) state[4 + i] = stream->key[i];
   state[12] = state[13] = 0;
-  state[14] = (uint32_t)nonce;
-  state[15] = (uint32_t)(nonce >> 32);
+  state[14] = (uint32_t)stream->nonce;
+  state[15] = (uint32_t)(stream->nonce >> 32);
 }
 
 static void chacha_blocks16(const uint32_t* state, uint64_t counter, uint32_t* out) {
-  u32x16 words[16];
-  chacha16(state, counter, words);
-  for (int w = 0; w < 16; ++w)
-    for (int l = 0; l < 16; ++l) out[w * 16 + l] = words[w][l];
+  for (int first = 0; first < 16; first += LANES) {
+    vu words[16];
+    chacha(state, counter + (uint64_t)first, words);
+    for (int w = 0; w < 16; ++w) __builtin_memcpy(out + w * 16 + first, &words[w], sizeof(vu));
+  }
 }

@@ -1,56 +1,64 @@
 // Noise and optimizer update in one pass: the normals live in registers and one kilobyte of stack.
 // The clipped sum is read once and left at zero for the next logical step.
 
-SYNTHWARD_INLINE void adam_run(const AdamArgs* a, int64_t at, const float* z, int64_t n) {
-  float* param = a->param + at;
-  float* grad = a->grad + at;
-  float* m = a->m + at;
-  float* v = a->v + at;
-  const float l2 = a->decoupled ? 0.0f : a->weight_decay;
-  const float keep = a->decay_factor;
-  const float one_b1 = 1.0f - a->beta1, one_b2 = 1.0f - a->beta2;
+template <bool kNoise>
+SYNTHWARD_INLINE void adam_run(const AdamArgs* args, int64_t at, const float* __restrict z, int64_t n) {
+  const AdamArgs a = *args;
+  float* __restrict param = a.param + at;
+  float* __restrict grad = a.grad + at;
+  float* __restrict m = a.exp_avg + at;
+  float* __restrict v = a.exp_avg_sq + at;
   for (int64_t i = 0; i < n; ++i) {
-    const float noisy = z ? grad[i] + a->noise_std * z[i] : grad[i];
-    const float w = param[i] * keep;
-    const float g = noisy * a->grad_scale + l2 * w;
+    const float noisy = kNoise ? grad[i] + a.noise_std * z[i] : grad[i];
+    const float w = param[i] * a.keep;
+    const float g = noisy * a.grad_scale + a.l2 * w;
+    const float mi = m[i] + a.one_minus_beta1 * (g - m[i]);
+    const float vi = a.beta2 * v[i] + a.one_minus_beta2 * (g * g);
     grad[i] = 0.0f;
-    const float mi = m[i] + one_b1 * (g - m[i]);
-    const float vi = a->beta2 * v[i] + one_b2 * (g * g);
     m[i] = mi;
     v[i] = vi;
-    param[i] = w - a->step_size * (mi / (__builtin_sqrtf(vi) * a->bias2_sqrt_inv + a->eps));
+    param[i] = w - a.step_size * (mi / (__builtin_sqrtf(vi) * a.bias2_sqrt_inv + a.eps));
   }
 }
 
 static void adam(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const AdamArgs* args) {
   if (args->noise_std == 0.0f)
-    adam_run(args, from, nullptr, to - from);
+    adam_run<false>(args, from, nullptr, to - from);
   else
     for_normals(stream, start, from, to,
-                [=](int64_t at, const float* z, int64_t n) { adam_run(args, at, z, n); });
+                [=](int64_t at, const float* z, int64_t n) { adam_run<true>(args, at, z, n); });
 }
 
-SYNTHWARD_INLINE void sgd_run(const SgdArgs* a, int64_t at, const float* z, int64_t n) {
-  float* param = a->param + at;
-  float* grad = a->grad + at;
-  float* buffer = a->momentum_buffer ? a->momentum_buffer + at : nullptr;
-  for (int64_t i = 0; i < n; ++i) {
-    const float noisy = z ? grad[i] + a->noise_std * z[i] : grad[i];
-    float g = noisy * a->grad_scale + a->weight_decay * param[i];
-    grad[i] = 0.0f;
-    if (buffer) {
-      const float b = a->first_step ? g : a->momentum * buffer[i] + (1.0f - a->dampening) * g;
-      buffer[i] = b;
-      g = a->nesterov ? g + a->momentum * b : b;
+template <bool kNoise>
+SYNTHWARD_INLINE void sgd_run(const SgdArgs* args, int64_t at, const float* __restrict z, int64_t n) {
+  const SgdArgs a = *args;
+  float* __restrict param = a.param + at;
+  float* __restrict grad = a.grad + at;
+  if (!a.momentum_buffer) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float noisy = kNoise ? grad[i] + a.noise_std * z[i] : grad[i];
+      grad[i] = 0.0f;
+      param[i] -= a.lr * (noisy * a.grad_scale + a.weight_decay * param[i]);
     }
-    param[i] -= a->lr * g;
+    return;
+  }
+  float* __restrict buffer = a.momentum_buffer + at;
+  const float from_grad = a.nesterov ? 1.0f : 0.0f, from_buffer = a.nesterov ? a.momentum : 1.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float noisy = kNoise ? grad[i] + a.noise_std * z[i] : grad[i];
+    const float g = noisy * a.grad_scale + a.weight_decay * param[i];
+    // The first step seeds the buffer with the gradient itself, whatever the buffer held.
+    const float b = a.first_step ? g : a.momentum * buffer[i] + a.one_minus_dampening * g;
+    grad[i] = 0.0f;
+    buffer[i] = b;
+    param[i] -= a.lr * (from_grad * g + from_buffer * b);
   }
 }
 
 static void sgd(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const SgdArgs* args) {
   if (args->noise_std == 0.0f)
-    sgd_run(args, from, nullptr, to - from);
+    sgd_run<false>(args, from, nullptr, to - from);
   else
     for_normals(stream, start, from, to,
-                [=](int64_t at, const float* z, int64_t n) { sgd_run(args, at, z, n); });
+                [=](int64_t at, const float* z, int64_t n) { sgd_run<true>(args, at, z, n); });
 }

@@ -1,12 +1,11 @@
-"""Diagonal family: per-unit gradient ``sum_n rows_n * factors_n`` (biases, scales of normalisation layers)."""
+"""Diagonal family: per-unit gradient ``sum_n rows_n * factors_n`` (biases, scales of normalisations)."""
 
 from __future__ import annotations
-
-from torch import Tensor
 
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
 from synthward.kernels.diagonal import cpp_impl, reference
+from torch import Tensor
 
 
 def diagonal_sq_norms(
@@ -25,10 +24,14 @@ def diagonal_sq_norms(
         factors: [N, p] normalised activations, or None for ones (a bias).
         out: float32 [U], accumulated into; zeros if None.
         backend: who executes.
+
+    Returns:
+        ``out``. A non-finite row shows in its own unit alone.
     """
     _check.matrix(rows, "rows")
-    if factors is not None and factors.shape != rows.shape:
-        raise ValueError(f"factors: has shape {list(factors.shape)}, expected {list(rows.shape)}")
+    if factors is not None:
+        _check.matrix(factors, "factors")
+        _check.shape(factors, tuple(rows.shape), "factors")
     units = _check.unit_count(offsets, len(rows))
     out = _check.unit_output(out, units, rows)
     if use_cpp(backend, rows, factors, offsets, out):
@@ -38,13 +41,31 @@ def diagonal_sq_norms(
     return out
 
 
-def diagonal_weighted_sum(rows: Tensor, row_weights: Tensor, *, factors: Tensor | None = None, out: Tensor) -> Tensor:
-    """``out += sum_n w_n rows_n * factors_n``; rows [N, p], row_weights float32 [N], out float32 [p].
+def diagonal_weighted_sum(
+    rows: Tensor,
+    row_weights: Tensor,
+    *,
+    factors: Tensor | None = None,
+    out: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``out += sum_n w_n rows_n * factors_n`` and return it.
 
-    The caller makes rows of weight zero finite (see `scale_rows`).
+    Args:
+        rows: [N, p], as are factors.
+        row_weights: float32 [N].
+        factors: None for ones.
+        out: float32 [p].
+        backend: who executes.
+
+    Guarantees: a row of weight zero adds nothing, whatever it holds.
     """
     _check.matrix(rows, "rows")
+    if factors is not None:
+        _check.matrix(factors, "factors")
+        _check.shape(factors, tuple(rows.shape), "factors")
     _check.flat_float(row_weights, "row_weights", len(rows))
     _check.flat_float(out, "out", rows.shape[1])
-    product = rows if factors is None else rows * factors
-    return out.addmv_(product.to(out.dtype).t(), row_weights)
+    run = cpp_impl if use_cpp(backend, rows, row_weights, factors, out) else reference
+    run.diagonal_weighted_sum(rows, row_weights, factors, out)
+    return out

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from synthward.kernels._chacha import reference_gaussians
+from torch import Tensor
 
 
 def gaussian_noise(count: int, key: bytes, stream: int, step: int, start: int) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
 from synthward.kernels.outer import cpp_impl, reference
+from torch import Tensor
 
 
 def outer_sq_norms(
@@ -55,8 +54,8 @@ def outer_weighted_sum(
     _check.matrix(output_grads, "output_grads")
     _check.same_rows(output_grads, len(activations), "output_grads")
     _check.flat_float(row_weights, "row_weights", len(activations))
-    if out.shape != (output_grads.shape[1], activations.shape[1]):
-        raise ValueError(f"out: has shape {list(out.shape)}, expected [p, d]")
+    _check.matrix(out, "out")
+    _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
     if output_grads.shape[1] <= activations.shape[1]:
         output_grads = scale_rows(output_grads, row_weights, backend=backend)
     else:

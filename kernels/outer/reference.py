@@ -5,15 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from synthward.kernels._segments import pairs_within_units
+
+def unit_sq_norm(activations: Tensor, output_grads: Tensor) -> Tensor:
+    """``||g^T a||_F^2`` of the rows of one unit (or of each of a batch of units), float64.
+
+    By the cheaper of two ways: the Gram matrices ``sum((a a^T) * (g g^T))``, T^2 (d + p) products, or the
+    gradient itself, T d p.
+    """
+    a, g = activations.double(), output_grads.double()
+    rows, d, p = a.shape[-2], a.shape[-1], g.shape[-1]
+    if rows * (d + p) <= d * p:
+        return ((a @ a.mT) * (g @ g.mT)).sum((-2, -1))
+    return (g.mT @ a).square().sum((-2, -1))
 
 
 def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, units: int) -> Tensor:
-    a, g = activations.double(), output_grads.double()
-    s, t, unit = pairs_within_units(offsets, len(a), a.device)
-    terms = (a[s] * a[t]).sum(1) * (g[s] * g[t]).sum(1)
-    total = torch.zeros(units, dtype=torch.float64, device=a.device)
-    return total.index_add_(0, unit, terms).float()
+    if offsets is None:
+        norms = activations.double().square().sum(1) * output_grads.double().square().sum(1)
+        return norms.float()
+    total = torch.zeros(units, dtype=torch.float64, device=activations.device)
+    ends = offsets.tolist()
+    for unit in range(units):
+        rows = slice(ends[unit], ends[unit + 1])
+        total[unit] = unit_sq_norm(activations[rows], output_grads[rows])
+    return total.float()
 
 
 def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:

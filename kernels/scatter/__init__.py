@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
-from synthward.kernels.outer import scale_rows
 from synthward.kernels.scatter import cpp_impl, reference
+from torch import Tensor
 
 
 def scatter_sq_norms(
@@ -28,7 +25,8 @@ def scatter_sq_norms(
         out: float32 [U], accumulated into; zeros if None.
         backend: who executes.
     """
-    _check_ids(ids, output_grads)
+    _check.matrix(output_grads, "output_grads")
+    _check.row_ids(ids, len(output_grads))
     units = _check.unit_count(offsets, len(ids))
     out = _check.unit_output(out, units, output_grads)
     if use_cpp(backend, ids, output_grads, offsets, out):
@@ -41,15 +39,18 @@ def scatter_sq_norms(
 def scatter_weighted_sum(
     ids: Tensor, output_grads: Tensor, row_weights: Tensor, *, out: Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """``out[id_n] += w_n g_n``; out float32 [V, p]; negative ids add nothing."""
-    _check_ids(ids, output_grads)
-    weights = torch.where(ids < 0, torch.zeros_like(row_weights), row_weights)
-    scaled = scale_rows(output_grads, weights, backend=backend)
-    return out.index_add_(0, ids.clamp(min=0), scaled.to(out.dtype))
+    """``out[id_n] += w_n g_n`` and return it; row_weights float32 [N], out float32 [V, p].
 
+    Guarantees: a row of weight zero or of negative id adds nothing, whatever it holds.
 
-def _check_ids(ids: Tensor, output_grads: Tensor) -> None:
+    Raises:
+        ValueError: an id is not below V; nothing is written then.
+    """
     _check.matrix(output_grads, "output_grads")
-    if ids.dtype != torch.int64 or ids.ndim != 1:
-        raise TypeError(f"ids: expected int64 [N], got {ids.dtype} {list(ids.shape)}")
-    _check.same_rows(output_grads, len(ids), "output_grads")
+    _check.row_ids(ids, len(output_grads))
+    _check.flat_float(row_weights, "row_weights", len(ids))
+    _check.matrix(out, "out")
+    _check.shape(out, (len(out), output_grads.shape[1]), "out")
+    run = cpp_impl if use_cpp(backend, ids, output_grads, row_weights, out) else reference
+    run.scatter_weighted_sum(ids, output_grads, row_weights, out)
+    return out

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
 from synthward.kernels.update import cpp_impl, reference
+from torch import Tensor
 
 
 def noisy_adam_(
@@ -32,12 +31,22 @@ def noisy_adam_(
 ) -> None:
     """``g = (summed_grad + noise_std z) grad_scale``, then Adam (or AdamW if ``decoupled``), in place.
 
-    All tensors float32 [P]; ``summed_grad`` is left at zero. ``step`` is the noise's logical step,
-    ``adam_step`` counts updates from 1 for the bias correction. ``noise_std`` 0 adds no noise.
+    All tensors float32 [P], none inside another; ``summed_grad`` is left at zero. ``step`` is the noise's
+    logical step, ``adam_step`` counts updates from 1 for the bias correction. Element i gets element
+    ``start + i`` of the noise stream; ``noise_std`` 0 adds none.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing is written then.
+    Reference: Kingma and Ba 2015; Loshchilov and Hutter 2019; torch.optim.Adam and AdamW.
     """
     _check.flat_float(param, "param")
     for name, tensor in (("summed_grad", summed_grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check.flat_float(tensor, name, len(param))
+    _check_common(param, key, stream, step, start, noise_std, grad_scale, lr, weight_decay)
+    _check.finite(eps, "eps", 0.0)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}: got {beta}, expected 0 <= {name} < 1")
     if adam_step < 1:
         raise ValueError(f"adam_step: got {adam_step}, expected at least 1")
     tensors = (param, summed_grad, exp_avg, exp_avg_sq)
@@ -82,12 +91,20 @@ def noisy_sgd_(
 ) -> None:
     """``g = (summed_grad + noise_std z) grad_scale``, then SGD with optional momentum, in place.
 
-    All tensors float32 [P]; ``summed_grad`` is left at zero; ``momentum_buffer`` None means no momentum.
+    All tensors float32 [P], none inside another; ``summed_grad`` is left at zero; ``momentum_buffer`` None
+    means no momentum. In the first step the buffer is written, not read. Noise as in `noisy_adam_`.
+
+    Raises:
+        TypeError, ValueError: naming the argument; nothing is written then.
+    Reference: torch.optim.SGD.
     """
     _check.flat_float(param, "param")
     _check.flat_float(summed_grad, "summed_grad", len(param))
     if momentum_buffer is not None:
         _check.flat_float(momentum_buffer, "momentum_buffer", len(param))
+    _check_common(param, key, stream, step, start, noise_std, grad_scale, lr, weight_decay)
+    _check.finite(momentum, "momentum", 0.0)
+    _check.finite(dampening, "dampening")
     fast = use_cpp(backend, param, summed_grad, momentum_buffer)
     run = cpp_impl.noisy_sgd_ if fast else reference.noisy_sgd_
     run(
@@ -107,3 +124,20 @@ def noisy_sgd_(
         weight_decay=weight_decay,
         first_step=first_step,
     )
+
+
+def _check_common(
+    param: Tensor,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    grad_scale: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    _check.place(key, stream, step, start, len(param))
+    _check.noise_std(noise_std)
+    for name, value in (("grad_scale", grad_scale), ("lr", lr), ("weight_decay", weight_decay)):
+        _check.finite(value, name)

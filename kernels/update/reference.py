@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from synthward.kernels.noise import reference as noise
+from torch import Tensor
 
 
 def noisy_adam_(

@@ -1,0 +1,57 @@
+// What the kernels of one instruction set look like from outside: plain pointers and lengths, C types alone.
+// The per-set sources include this and no standard header, so that they emit no symbol that another source
+// could pick up with the wrong instructions.
+#pragma once
+#include <stdint.h>
+
+namespace synthward {
+
+// What names one cipher stream: key, and nonce = stream (15 bits) << 48 | logical step (48 bits).
+struct NoiseStream {
+  uint32_t key[8];
+  uint64_t nonce;
+};
+
+// Scalars are rounded to float once, from the doubles that torch.optim computes with.
+struct AdamArgs {
+  float *param, *grad, *exp_avg, *exp_avg_sq;
+  float noise_std, grad_scale, one_minus_beta1, beta2, one_minus_beta2;
+  float l2, keep;  // weight decay in the gradient; factor of decoupled weight decay
+  float step_size, eps, bias2_sqrt_inv;
+};
+
+struct SgdArgs {
+  float *param, *grad, *momentum_buffer;
+  float noise_std, grad_scale, lr, momentum, one_minus_dampening, weight_decay;
+  int nesterov, first_step;
+};
+
+// Rows [N, p] of units: unit u owns rows offsets[u] .. offsets[u + 1]; without offsets every row is a unit.
+// Ranges from .. to are of units, of elements, of rows or of columns, as each comment says.
+struct KernelTable {
+  const char* name;
+  // One vector of consecutive blocks at a time; out[word * 16 + block] for 16 of them.
+  void (*chacha_blocks16)(const uint32_t* state, uint64_t counter, uint32_t* out);
+  void (*gaussian)(const NoiseStream*, int64_t start, int64_t count, float* out);
+  void (*add_gaussian)(const NoiseStream*, int64_t start, int64_t count, float noise_std, float* out);
+  void (*adam)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const AdamArgs*);
+  void (*sgd)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const SgdArgs*);
+  // Units of more than kLongestGram rows are left alone: the caller has a better method for them.
+  void (*outer_sq_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
+                         int64_t p, float* out);
+  void (*diagonal_sq_norms)(const float* rows, const float* factors, const int64_t* offsets, int64_t from, int64_t to,
+                            int64_t p, float* out);
+  void (*scatter_sq_norms)(const int64_t* ids, const float* g, const int64_t* offsets, int64_t from, int64_t to,
+                           int64_t p, float* out);
+  // Rows.
+  void (*scale_rows)(const float* x, const float* weights, int64_t from, int64_t to, int64_t p, float* out);
+  // Columns, of all n rows.
+  void (*diagonal_weighted_sum)(const float* rows, const float* factors, const float* weights, int64_t n, int64_t p,
+                                int64_t from, int64_t to, float* out);
+  void (*scatter_weighted_sum)(const int64_t* ids, const float* g, const float* weights, int64_t n, int64_t p,
+                               int64_t from, int64_t to, float* out);
+};
+
+const int64_t kLongestGram = 64;
+
+}  // namespace synthward
