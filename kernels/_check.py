@@ -54,7 +54,8 @@ def unit_count(offsets: Tensor | None, rows: int) -> int:
         raise TypeError(f"offsets: has dtype {offsets.dtype}, expected torch.int64")
     if offsets.ndim != 1 or len(offsets) < 1:
         raise ValueError(f"offsets: has shape {list(offsets.shape)}, expected [U + 1]")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != rows or bool((offsets.diff() < 0).any()):
+    ends = offsets.numpy(force=True)
+    if ends[0] != 0 or ends[-1] != rows or (ends[1:] < ends[:-1]).any():
         raise ValueError("offsets: must run from 0 to the number of rows and never decrease")
     return len(offsets) - 1
 

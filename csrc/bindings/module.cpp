@@ -49,19 +49,24 @@ void check_range(int64_t start, int64_t count) {
 struct Units {
   const int64_t* offsets;
   int64_t count;
+  int64_t longest;  // rows of the longest
 };
 
 Units check_units(const MaybeLongs& offsets, int64_t rows) {
-  if (!offsets) return {nullptr, rows};
+  if (!offsets) return {nullptr, rows, 1};
   const int64_t* at = input(*offsets, "offsets", 1);
   const int64_t entries = offsets->shape(0);
   if (entries < 1 || at[0] != 0 || at[entries - 1] != rows) refuse("offsets", "do not run from 0 to the number of rows");
-  for (int64_t u = 1; u < entries; ++u)
+  int64_t longest = 0;
+  for (int64_t u = 1; u < entries; ++u) {
     if (at[u] < at[u - 1]) refuse("offsets", "decrease");
-  return {at, entries - 1};
+    longest = std::max(longest, at[u] - at[u - 1]);
+  }
+  return {at, entries - 1, longest};
 }
 
-void outer_sq_norms(const Floats& a, const Floats& g, const MaybeLongs& offsets, Floats& out, int threads) {
+// Returns the rows of the longest unit: those beyond kLongestGram are the caller's.
+int64_t outer_sq_norms(const Floats& a, const Floats& g, const MaybeLongs& offsets, Floats& out, int threads) {
   const float* pa = input(a, "activations", 2);
   const float* pg = input(g, "output_grads", 2);
   check_length(g.shape(0), a.shape(0), "output_grads");
@@ -75,6 +80,7 @@ void outer_sq_norms(const Floats& a, const Floats& g, const MaybeLongs& offsets,
   const KernelTable& table = kernels();
   parallel_for(units.count, grain, threads,
                [=, &table](int64_t f, int64_t t) { table.outer_sq_norms(pa, pg, units.offsets, f, t, d, p, po); });
+  return units.longest;
 }
 
 void diagonal_sq_norms(const Floats& rows, const MaybeFloats& factors, const MaybeLongs& offsets, Floats& out,

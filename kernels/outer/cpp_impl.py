@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor) -> None:
-    _C.outer_sq_norms(view(activations), view(output_grads), maybe_view(offsets), view(out), threads())
+    arrays = (view(activations), view(output_grads), maybe_view(offsets), view(out))
+    longest = _C.outer_sq_norms(*arrays, threads())
     written(out)
-    if offsets is None:
+    if offsets is None or longest <= _C.LONGEST_GRAM:
         return
     # The kernel's work grows with the square of a unit's rows; it leaves long units to dense products.
     for unit in (offsets.diff() > _C.LONGEST_GRAM).nonzero().flatten().tolist():

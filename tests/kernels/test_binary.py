@@ -29,11 +29,9 @@ def test_no_weak_symbols(name, tmp_path):
     options = ["-std=c++17", "-O0", "-fno-exceptions", "-fvisibility=hidden", "-w", f"-I{CSRC}", *FLAGS[name]]
     subprocess.run([COMPILER, *options, "-c", CSRC / "isa" / f"{name}.cpp", "-o", out], check=True)
     listing = subprocess.run(["nm", "-C", out], check=True, capture_output=True, text=True).stdout
-    symbols = [
-        line.split(maxsplit=2) if line[0] != " " else ["", *line.split(maxsplit=1)]
-        for line in listing.splitlines()
-    ]
-    weak = [name for _, kind, name in symbols if kind in "WwVvu"]
-    shared = [name for _, kind, name in symbols if kind in "TDBRC"]
+    # "address kind name", the address blank where the symbol is another file's.
+    symbols = [line[16:].split(maxsplit=1) for line in listing.splitlines()]
+    weak = [symbol for kind, symbol in symbols if kind in "WwVvu"]
+    shared = [symbol for kind, symbol in symbols if kind in "TDBRC"]
     assert weak == []
     assert shared == [f"synthward::{name}::table"]
