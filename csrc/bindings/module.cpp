@@ -56,7 +56,8 @@ Units check_units(const MaybeLongs& offsets, int64_t rows) {
   if (!offsets) return {nullptr, rows, 1};
   const int64_t* at = input(*offsets, "offsets", 1);
   const int64_t entries = offsets->shape(0);
-  if (entries < 1 || at[0] != 0 || at[entries - 1] != rows) refuse("offsets", "do not run from 0 to the number of rows");
+  if (entries < 1 || at[0] != 0 || at[entries - 1] != rows)
+    refuse("offsets", "do not run from 0 to the number of rows");
   int64_t longest = 0;
   for (int64_t u = 1; u < entries; ++u) {
     if (at[u] < at[u - 1]) refuse("offsets", "decrease");

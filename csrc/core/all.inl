@@ -1,5 +1,6 @@
 // All kernels of one instruction set. Included once per set, with SYNTHWARD_ISA naming the namespace. C
 // headers only: see kernel_table.h.
+#include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

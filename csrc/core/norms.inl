@@ -56,7 +56,8 @@ SYNTHWARD_INLINE void tile_step(const float* const* x, const float* const* y, in
   });
 }
 
-// products[s * kLongestGram + t] (= or *=) x_s . x_t for the tile of rows at (s, t); rows beyond `rows` repeat the last.
+// products[s * kLongestGram + t] (= or *=) x_s . x_t for the tile of rows at (s, t). Rows beyond `rows` repeat the
+// last.
 template <bool SAME>
 SYNTHWARD_INLINE void gram_tile(const float* x, int64_t width, int64_t rows, int64_t s0, int64_t t0, bool multiply,
                                 double* products) {
