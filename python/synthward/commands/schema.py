@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def schema(
         remark(f"warning: {warning}")
     if out is not None:
         write_new_file(out, text.encode(), overwrite=overwrite)
-    result = {"schema": out, "private": False, "warnings": warnings}
+    result: dict[str, Any] = {"schema": out, "private": False, "warnings": warnings}
     if out is None:
         result["toml"] = text
     lines = [text.rstrip("\n")] if out is None else [f"draft: {out} (edit it: it is not private yet)"]
