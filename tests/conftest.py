@@ -14,6 +14,11 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: most faults show within a minute."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the real data sets: `data` in SYNTHWARD_SHARED, or in `shared` beside the checkout."""
