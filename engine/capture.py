@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from synthward.engine.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:
-    from synthward.engine.rules.families import Use
+    from synthward.engine.layout import Layout
+    from synthward.engine.rules.families import KeptUse
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Kept:
     operation: str
     leading: int
     forward: int
-    uses: list[tuple[int, Use]]
+    uses: list[tuple[int, KeptUse]]
 
 
 class CaptureState:
@@ -51,6 +52,9 @@ class CaptureState:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.anchor_grad = torch.zeros((), device=device)
         self.forward = 0
+        # Rows of the backward pass to come, if known by then: of every forward pass, or of one.
+        self.layout: Layout | None = None
+        self.layouts: dict[int, Layout] = {}
         # (operation, positions, length of the first axis) of each captured call since the last backward pass.
         self.calls: list[tuple[str, tuple[int | None, ...], int]] = []
         self._kept: list[Kept] = []
@@ -58,13 +62,32 @@ class CaptureState:
 
     def keep(self, kept: Kept) -> None:
         """Called in backward by a captured call."""
-        task = torch._C._current_graph_task_id()
+        task = current_task()
         if task != self._task:
             self._task, self._kept = task, []
         self._kept.append(kept)
 
-    def take(self) -> list[Kept]:
-        """What the last backward pass kept; nothing of it stays here."""
+    def unit_sums(self, rows: Tensor, leading: int, forward: int) -> Tensor | None:
+        """Rows [N, p] of a call added up per unit while they are still in cache; None where units are
+        unknown."""
+        layout = self.layouts.get(forward, self.layout)
+        if layout is None or layout.num_rows == 0 or leading % layout.num_rows:
+            return None
+        return layout.expand(len(rows) // layout.num_rows).sum_rows(rows)
+
+    def refuse_double(self, operation: str) -> None:
+        """Called in backward: a gradient that is to be differentiated again is not supported."""
+        if torch.is_grad_enabled():
+            raise UnsupportedOperationError(
+                f"operation {operation!r}: its gradient is to be differentiated again (create_graph=True, "
+                "as for a "
+                "gradient penalty); the engine computes first derivatives only"
+            )
+
+    def take(self, task: int | None = None) -> list[Kept]:
+        """What the last backward pass kept (that of graph task `task` only, if given); nothing stays here."""
+        if task is not None and task != self._task:
+            self._kept = []
         kept, self._kept, self._task = self._kept, [], -1
         self.anchor.grad = None
         return kept
@@ -106,6 +129,11 @@ class CaptureState:
             self.refuse(
                 other, operation, "the other weight of the call is computed, not a parameter of the module"
             )
+
+
+def current_task() -> int:
+    """Number of the backward pass under way, -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
 
 
 class CaptureMode(TorchFunctionMode):

@@ -7,13 +7,15 @@ unit's loss; it inspects which entries are exactly zero, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState
 from synthward.engine.errors import UnsupportedOperationError
 from synthward.engine.layout import Layout
-from synthward.engine.rules.families import DiagonalUse, Use
+from synthward.engine.rules.families import DiagonalRows, DiagonalUse, KeptUse
 
 # A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
 _ATTEMPTS = 8
@@ -28,12 +30,12 @@ class IndependenceProbe:
         self._state = state
         self._attempts: dict[Pattern, int] = {}
 
-    def check(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> None:
-        """Probe if the pattern of calls is new. `outputs` depend on captured calls; `weights` pick unit
-        `unit`'s.
+    def check(self, outputs: Tensor, weights_of: Callable[[int], Tensor], layout: Layout) -> None:
+        """Probe if the pattern of calls is new; `weights_of` gives the weights of `outputs` that pick one
+        unit's.
 
         Raises:
-            UnsupportedOperationError: another unit's rows took part in this unit's loss.
+            UnsupportedOperationError: another unit's rows took part in a unit's loss.
         """
         rows = layout.num_rows
         if layout.num_units < 2 or rows == 0:
@@ -43,14 +45,23 @@ class IndependenceProbe:
         )
         if self._attempts.get(pattern, 0) >= _ATTEMPTS:
             return
+        # The first and the last: one of them sees a running sum over the batch, and both a reversed batch.
+        has_power = [
+            self._probe(outputs, weights_of(unit), unit, layout) for unit in (0, layout.num_units - 1)
+        ]
+        self._attempts[pattern] = _ATTEMPTS if all(has_power) else self._attempts.get(pattern, 0) + 1
+
+    def _probe(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> bool:
+        """Whether the unit's own rows show a gradient in every call; raises if another unit's do."""
+        rows, has_power = layout.num_rows, True
         torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
-        has_power = True
         for item in self._state.take():
             for position, use in item.uses:
                 if item.leading % rows:
                     continue  # refused by name when it is accumulated
                 grads = _grads(use)
-                is_own = layout.expand(use.rows // rows).row_units == unit
+                call = layout.units if isinstance(use, DiagonalUse) else layout.expand(use.rows // rows)
+                is_own = call.row_units == unit
                 # NaN is not evidence: 0 * inf in another unit's rows gives it.
                 touched = ((grads != 0) & ~grads.isnan()).any(1)
                 has_power = has_power and bool((grads != 0).any(1)[is_own].any())
@@ -61,8 +72,10 @@ class IndependenceProbe:
                         "attention over the batch, an input that all rows share, or a batch axis that is "
                         "not the first)"
                     )
-        self._attempts[pattern] = _ATTEMPTS if has_power else self._attempts.get(pattern, 0) + 1
+        return has_power
 
 
-def _grads(use: Use) -> Tensor:
-    return use.grads if isinstance(use, DiagonalUse) else use.output_grads
+def _grads(use: KeptUse) -> Tensor:
+    if isinstance(use, DiagonalUse):
+        return use.unit_grads
+    return use.grads if isinstance(use, DiagonalRows) else use.output_grads

@@ -32,6 +32,7 @@ class Layout:
         self._device = device
         self._expanded: dict[int, Layout] = {1: self}
         self._row_units: Tensor | None = None
+        self._units: Layout | None = None
 
     @classmethod
     def uniform(cls, num_units: int, rows_per_unit: int, device: torch.device | None = None) -> Layout:
@@ -72,6 +73,14 @@ class Layout:
         if factor not in self._expanded:
             self._expanded[factor] = self._expand(factor)
         return self._expanded[factor]
+
+    @property
+    def units(self) -> Layout:
+        """The layout of one row for each unit."""
+        if self._units is None:
+            device = self._device if self.offsets is None else self.offsets.device
+            self._units = self if self.is_single else Layout.uniform(self.num_units, 1, device)
+        return self._units
 
     def _expand(self, factor: int) -> Layout:
         if self.rows_per_unit is not None:
@@ -115,9 +124,9 @@ class Layout:
         return per_unit.index_select(0, self.row_units)
 
     def sum_rows(self, per_row: Tensor) -> Tensor:
-        """A value per row [num_rows], in the batch's own order, added up per unit [U]."""
+        """Rows [num_rows, ...], in the batch's own order, added up per unit [U, ...]."""
         if self.is_single:
             return per_row
         if self.rows_per_unit is not None:
-            return per_row.view(self.num_units, self.rows_per_unit).sum(1)
-        return per_row.new_zeros(self.num_units).index_add_(0, self.row_units, per_row)
+            return per_row.view(self.num_units, self.rows_per_unit, *per_row.shape[1:]).sum(1)
+        return per_row.new_zeros(self.num_units, *per_row.shape[1:]).index_add_(0, self.row_units, per_row)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from synthward.engine.capture import current_task
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.independence import IndependenceProbe
 from synthward.engine.layout import Layout
@@ -142,7 +143,9 @@ class PrivateSession:
         context = self.core.capture()
         context.__enter__()
         self._open = context
-        self._forwards[self.core.state.forward] = _Forward(rows, self._unit_ids)
+        forward = _Forward(rows, self._unit_ids)
+        self._forwards[self.core.state.forward] = forward
+        self.core.state.layouts[self.core.state.forward] = self._layout(forward)
 
     def _leave(self, output: Any) -> None:
         if self._open is None:
@@ -152,25 +155,26 @@ class PrivateSession:
         forward = self._forwards[self.core.state.forward]
         found = _first_tensor(output)
         if found is not None and found.requires_grad and found.dim() > 0 and len(found) == forward.rows:
-            self._probe_rows(found, self._layout(forward))
+            self._probe_rows(found, self.core.state.layouts[self.core.state.forward])
         self.core.state.calls.clear()
 
     def _probe_rows(self, output: Tensor, layout: Layout) -> None:
-        unit = layout.num_units // 2
-        is_own = (layout.row_units == unit).view(-1, *[1] * (output.dim() - 1)).to(output)
-        # Unequal weights: a sum of equal ones is constant after a softmax or a norm, and would show nothing.
-        weights = torch.linspace(0.5, 1.5, max(output.numel(), 1))[: output.numel()].view(output.shape)
-        self._probe.check(output, weights.to(output) * is_own, unit, layout)
+        def weights(unit: int) -> Tensor:
+            is_own = (layout.row_units == unit).view(-1, *[1] * (output.dim() - 1)).to(output)
+            # Unequal ones: a plain sum is constant after a softmax or a norm, and would show nothing.
+            return torch.linspace(0.5, 1.5, output.numel()).view(output.shape).to(output) * is_own
+
+        self._probe.check(output, weights, layout)
 
     def _finish(self) -> None:
         """At the end of a real backward pass (not of torch.autograd.grad): clip and add."""
-        kept = self.core.state.take()
+        kept = self.core.state.take(current_task())
         try:
             forwards = {item.forward for item in kept}
             if not forwards:
                 return
             first = self._check_forwards(forwards)
-            layout = self._layout(first)
+            layout = self.core.state.layouts[min(forwards)]
             self._check_draw(first)
             self.core.accumulate(kept, layout, scale=float(first.rows) if self._is_mean else 1.0)
         except BaseException:
@@ -268,6 +272,7 @@ class PrivateSession:
         if self._draw is not None:
             self._last_draw = self._draw.index
         self._forwards.clear()
+        self.core.state.layouts.clear()
         self._reset_step()
 
     def discard(self) -> None:

@@ -18,6 +18,8 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
 from synthward.engine.optim import Noise, make_updater
 from synthward.engine.rules.families import (
+    DiagonalRows,
+    DiagonalUse,
     Norms,
     OuterUse,
     ScatterUse,
@@ -116,7 +118,12 @@ class DPStep:
                         f"input has {item.leading} rows where the batch has {rows}; the first axis must be "
                         "the batch's (expand what all rows share, such as position ids, to one row each)"
                     )
-                grouped[position].append((use, layout.expand(use.rows // rows)))
+                if isinstance(use, DiagonalRows):
+                    use = DiagonalUse(layout.expand(use.rows // rows).sum_rows(use.grads))
+                if isinstance(use, DiagonalUse):
+                    grouped[position].append((use, layout.units))
+                else:
+                    grouped[position].append((use, layout.expand(use.rows // rows)))
         return grouped
 
     def _norms(

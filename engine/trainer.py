@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -115,7 +115,10 @@ class PrivateTrainer:
                     "pass under `with trainer.capture():`"
                 )
             if layout.num_units:
-                self._probe_independence(losses, layout, unit_mask)
+                # What torch.autograd.grad left behind in the forward pass is no part of this one.
+                state.take()
+                state.layout = layout
+                self._probe.check(losses, _unit_weights(losses), layout)
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self._step.accumulate(state.take(), layout, unit_mask=unit_mask)
         except BaseException:
@@ -123,6 +126,7 @@ class PrivateTrainer:
             raise
         finally:
             state.take()
+            state.layout = None
             state.calls.clear()
 
     def apply(self) -> None:
@@ -184,12 +188,6 @@ class PrivateTrainer:
             raise ConfigError(f"offsets: describe {layout.num_units} units, there are {len(losses)} losses")
         return layout
 
-    def _probe_independence(self, losses: Tensor, layout: Layout, unit_mask: Tensor | None) -> None:
-        unit = len(losses) // 2
-        weights = torch.zeros_like(losses)
-        weights[unit] = 1.0
-        self._probe.check(losses, weights, unit, layout)
-
     def _check_ledger(self) -> None:
         if self.ledger is not None and not self.ledger.covers(self._steps_done, self.plan.event(1)):
             raise LedgerError(
@@ -197,3 +195,8 @@ class PrivateTrainer:
                 f"{self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease "
                 "first"
             )
+
+
+def _unit_weights(losses: Tensor) -> Callable[[int], Tensor]:
+    """The weights of all losses that pick one unit's."""
+    return lambda unit: torch.nn.functional.one_hot(torch.tensor(unit), len(losses)).to(losses)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.rules.families import ScatterUse
@@ -26,8 +25,8 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.state.refuse_double("embedding")
         (ids,) = ctx.saved_tensors
         weight_at, leading, forward = ctx.call
         ids = ids.reshape(-1).long()

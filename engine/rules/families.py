@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from synthward.engine.capture import CaptureState
 from synthward.engine.layout import Layout
 from synthward.kernels import (
-    diagonal_sq_norms,
     diagonal_weighted_sum,
     outer_sq_norms,
     scatter_sq_norms,
@@ -151,42 +151,51 @@ class OuterUse:
 @dataclass(frozen=True)
 class DiagonalUse:
     """Gradient ``sum_n r_n`` [p] of rows [N, p]: output gradients (a bias), or these times a factor (a
-    scale)."""
+    scale).
+
+    Its rows are added up unit by unit before anything else, so that norm and released sum are of the same
+    tensor: what cancels inside a unit is gone before it is measured.
+    """
+
+    unit_grads: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.unit_grads)
+
+    @property
+    def longest(self) -> int:
+        return self.unit_grads.shape[1]
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        """Add each unit's squared norm, and the sum over its rows of their norms; `layout` is of one row
+        each."""
+        norm = norms.rows(self.unit_grads)
+        sq_norms.addcmul_(norm, norm)
+        row_sums += norm
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        weights.clean_(self.unit_grads)
+        diagonal_weighted_sum(self.unit_grads, weights.rows, out=out.view(-1))
+
+    @staticmethod
+    def add(uses: Sequence[DiagonalUse]) -> DiagonalUse:
+        """Several uses of one parameter as one."""
+        total = uses[0].unit_grads
+        for use in uses[1:]:
+            total = total + use.unit_grads
+        return DiagonalUse(total)
+
+
+@dataclass(frozen=True)
+class DiagonalRows:
+    """A diagonal use whose rows [N, p] wait for the layout of their call."""
 
     grads: Tensor
 
     @property
     def rows(self) -> int:
         return len(self.grads)
-
-    @property
-    def longest(self) -> int:
-        return self.grads.shape[1]
-
-    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
-        """Add each unit's squared norm, and the sum over its rows of their norms."""
-        if layout.is_single:
-            norm = norms.rows(self.grads)
-            sq_norms.addcmul_(norm, norm)
-            row_sums += norm
-        elif _by_gram(layout):
-            grams = norms.grams(self.grads, layout)
-            sq_norms += grams.sum((1, 2))
-            row_sums += _diagonal_norms(grams).sum(1)
-        else:
-            diagonal_sq_norms(layout.sort_rows(self.grads), layout.offsets, out=sq_norms)
-            row_sums += layout.sum_rows(norms.rows(self.grads))
-
-    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        weights.clean_(self.grads)
-        diagonal_weighted_sum(self.grads, weights.rows, out=out.view(-1))
-
-    def reorder(self, index: Tensor) -> DiagonalUse:
-        return DiagonalUse(self.grads.index_select(0, index))
-
-    @staticmethod
-    def concatenate(uses: Sequence[DiagonalUse]) -> DiagonalUse:
-        return DiagonalUse(torch.cat([u.grads for u in uses]))
 
 
 @dataclass(frozen=True)
@@ -223,16 +232,26 @@ class ScatterUse:
 
 
 Use = OuterUse | DiagonalUse | ScatterUse
+KeptUse = Use | DiagonalRows
+
+
+def diagonal_use(state: CaptureState, rows: Tensor, leading: int, forward: int) -> DiagonalUse | DiagonalRows:
+    """Rows [N, p] of a captured call, added up per unit if the units are known already."""
+    sums = state.unit_sums(rows, leading, forward)
+    return DiagonalRows(rows) if sums is None else DiagonalUse(sums)
 
 
 def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Layout]:
     """Uses of one family (and one parameter) as one use, rows unit by unit; `layouts` are the calls'."""
     if len(uses) == 1:
         return uses[0], layouts[0]
+    if isinstance(uses[0], DiagonalUse):
+        # What is released is the weighted sum of the parts, and a clipped sum of sums is the same to
+        # rounding.
+        return DiagonalUse.add([u for u in uses if isinstance(u, DiagonalUse)]), layouts[0]
     units = torch.cat([layout.row_units for layout in layouts])
     index = torch.argsort(units, stable=True)
-    family = type(uses[0])
-    merged: Use = family.concatenate(uses).reorder(index)  # type: ignore[arg-type]
+    merged: Use = type(uses[0]).concatenate(uses).reorder(index)  # type: ignore[arg-type]
     if all(layout.rows_per_unit is not None for layout in layouts):
         each = sum(layout.rows_per_unit or 0 for layout in layouts)
         return merged, Layout.uniform(layouts[0].num_units, each, units.device)

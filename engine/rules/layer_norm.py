@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.rules.families import DiagonalUse, Use
+from synthward.engine.rules.families import KeptUse, diagonal_use
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -35,20 +34,21 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.state.refuse_double("layer_norm")
         x, weight, bias, mean, rstd = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
         width = mean.new_empty(ctx.shape).numel()
         grad = grad.contiguous()
         g = grad.reshape(-1, width).float()
-        uses: list[tuple[int, Use]] = []
+        uses: list[tuple[int, KeptUse]] = []
         if weight_at is not None:
             # (x - mean) * rstd in one pass, then times the output gradient in place.
             scaled = torch.addcmul(-mean * rstd, x.detach(), rstd).mul_(grad)
-            uses.append((weight_at, DiagonalUse(scaled.reshape(-1, width).float())))
+            scaled = scaled.reshape(-1, width).float()
+            uses.append((weight_at, diagonal_use(ctx.state, scaled, leading, forward)))
         if bias_at is not None:
-            uses.append((bias_at, DiagonalUse(g)))
+            uses.append((bias_at, diagonal_use(ctx.state, g, leading, forward)))
         ctx.state.keep(Kept("layer_norm", leading, forward, uses))
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.rules.families import DiagonalUse, OuterUse, Use
+from synthward.engine.rules.families import KeptUse, OuterUse, diagonal_use
 
 
 class _Linear(torch.autograd.Function):
@@ -32,12 +31,12 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.state.refuse_double("linear")
         x, weight = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
         g = grad.reshape(-1, grad.shape[-1]).float().contiguous()
-        uses: list[tuple[int, Use]] = []
+        uses: list[tuple[int, KeptUse]] = []
         if weight_at is not None:
             a = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
             # What has a gradient function of its own was computed on the way; the rest may be the caller's
@@ -45,7 +44,7 @@ class _Linear(torch.autograd.Function):
             is_shared = x.grad_fn is None or x._is_view()
             uses.append((weight_at, OuterUse(a, g, is_shared)))
         if bias_at is not None:
-            uses.append((bias_at, DiagonalUse(g)))
+            uses.append((bias_at, diagonal_use(ctx.state, g, leading, forward)))
         ctx.state.keep(Kept("linear", leading, forward, uses))
         grad_x = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, ctx.state.anchor_grad, None, None

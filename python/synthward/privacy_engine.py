@@ -23,7 +23,7 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
 from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
 from synthward.engine.session import PrivateOptimizer, PrivateSession
-from synthward.engine.spec import ClipSpec, NoiseSpec, SamplingSpec
+from synthward.engine.spec import ClipSpec, NoiseSpec, SamplingSpec, check_positive
 from synthward.engine.step import DPStep
 
 logger = logging.getLogger("synthward")
@@ -207,6 +207,7 @@ class PrivacyEngine:
             if loader.batch_size is None:
                 raise ConfigError("expected_batch_size: give it, the loader has no batch_size")
             expected = loader.batch_size
+        check_positive(expected, "expected_batch_size")
         if not poisson:
             if sample_rate is not None:
                 raise ConfigError("sample_rate: means nothing with poisson_sampling=False; leave it out")

@@ -1,0 +1,100 @@
+"""Clip factors: the clipped norm is at most C with rounding covered; what is not finite weighs exactly
+nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synthward.engine import ClipSpec
+from synthward.engine.clipping import clip_factors, rounding_slack
+from synthward.engine.layout import Layout
+from synthward.engine.rules.families import Norms, OuterUse
+
+
+def factors_of(a: torch.Tensor, g: torch.Tensor, layout: Layout, bound: float) -> np.ndarray:
+    """Factors of one linear weight's units."""
+    sq_norms, row_sums = torch.zeros(layout.num_units), torch.zeros(layout.num_units)
+    use = OuterUse(a, g)
+    use.add_norms(sq_norms, row_sums, layout, Norms())
+    slack = rounding_slack(max(use.longest, layout.num_rows // layout.num_units), 1)
+    return clip_factors(sq_norms, ClipSpec(bound), slack=slack, row_bound=row_sums**2).double().numpy()
+
+
+def true_norms(a: torch.Tensor, g: torch.Tensor, units: int) -> np.ndarray:
+    a64, g64 = a.double().view(units, -1, a.shape[1]), g.double().view(units, -1, g.shape[1])
+    return torch.einsum("ukp,ukd->upd", g64, a64).flatten(1).norm(dim=1).numpy()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 4, 33, 40]),
+    width=st.sampled_from([1, 3, 64, 700]),
+    scale=st.sampled_from([1e-3, 1.0, 1e6, 1e15]),
+    bound=st.sampled_from([1e-3, 1.0, 1e3]),
+    ragged=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_no_contribution_exceeds_c(rows, width, scale, bound, ragged, seed):
+    generator = torch.Generator().manual_seed(seed)
+    units = 3
+    a = torch.randn(units * rows, width, generator=generator) * scale
+    g = torch.randn(units * rows, 5, generator=generator)
+    layout = Layout.uniform(units, rows)
+    if ragged:
+        layout = Layout.ragged(torch.arange(0, units * rows + 1, rows))
+    factors, norms = factors_of(a, g, layout, bound), true_norms(a, g, units)
+    assert (factors * norms <= bound).all()
+    assert (factors >= np.minimum(1.0, bound / norms) * 0.99).all(), "a slack that costs more than a percent"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    size=st.sampled_from([1.0, 1e4, 1e8]),
+    rest=st.sampled_from([0.0, 1e-7, 1e-3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_rows_that_cancel_inside_a_unit_stay_within_c(size, rest, seed):
+    """Two rows of opposite gradients: the norm is what rounding leaves, the contribution must not be."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(1, 50, generator=generator).repeat(2, 1) * size
+    a[1] *= 1.0 + rest
+    row = torch.randn(1, 7, generator=generator)
+    g = torch.cat([row, -row])
+    for layout in (Layout.uniform(1, 2), Layout.ragged(torch.tensor([0, 2]))):
+        factors, norms = factors_of(a, g, layout, 1.0), true_norms(a, g, 1)
+        assert (factors * norms <= 1.0).all()
+
+
+def test_not_finite_weighs_exactly_nothing():
+    sq_norms = torch.tensor([1.0, torch.nan, torch.inf, 4.0, 0.0, 3e38])
+    factors = clip_factors(sq_norms, ClipSpec(1.0), slack=1e-6, row_bound=sq_norms)
+    assert factors[[1, 2]].tolist() == [0.0, 0.0]
+    assert factors[4] == 1.0, "a gradient of zero is not clipped"
+    assert 0.0 < factors[5] < 1e-18
+    torch.testing.assert_close(factors[[0, 3]], torch.tensor([1.0, 0.5]), rtol=1e-4, atol=0.0)
+
+
+def test_masked_units_weigh_exactly_nothing():
+    sq_norms = torch.tensor([1.0, 9.0, torch.nan])
+    mask = torch.tensor([True, False, False])
+    factors = clip_factors(sq_norms, ClipSpec(2.0), slack=0.0, row_bound=sq_norms, unit_mask=mask)
+    assert factors.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_the_scale_of_a_mean_is_undone_before_the_clip():
+    """Gradients of a mean over ten rows, ten times too small: both clipped and unclipped units."""
+    sq_norms = torch.tensor([0.04, 1e-4])
+    factors = clip_factors(sq_norms, ClipSpec(1.0), slack=0.0, row_bound=sq_norms, scale=10.0)
+    torch.testing.assert_close(factors, torch.tensor([1.0 / 0.2, 10.0]))
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_bounds_that_are_none(bound):
+    from synthward.engine.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        ClipSpec(bound)
