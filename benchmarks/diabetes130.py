@@ -18,6 +18,7 @@ from benchmarks.machine import write_result
 from synthward.data import Records, read_records, split_records
 from synthward.engine.accounting import epsilon_of
 from synthward.evaluate import evaluate_records
+from synthward.evaluate.result import plain
 from synthward.run import FitOptions, fit_run, sample_run
 from synthward.schema import load_schema
 
@@ -46,18 +47,12 @@ def run_job(
     sampled = time.perf_counter()
     holdout = folder.info["holdout"]
     train, held = split_records(records, holdout_fraction=holdout["fraction"], salt=holdout["salt"])
-    synthetic = read_records(cohort, schema.cohort() if hasattr(schema, "cohort") else schema)
+    synthetic = read_records(cohort, schema.cohort())
     with folder.open_ledger() as ledger:
         spent = epsilon_of(ledger.events(), delta, folder.info["accountant"])
-    result = evaluate_records(
-        schema,
-        train,
-        held,
-        synthetic,
-        privacy={"epsilon": spent, "delta": delta},
-        settings={},
-        epsilon_curve=[],
-    )
+    evaluated = time.perf_counter()
+    privacy = {"epsilon": spent, "delta": delta, "unit": schema.unit, "private": True}
+    result = evaluate_records(schema, train, held, synthetic, privacy=privacy, settings={}, epsilon_curve=[])
     compared = result.comparison
     assert compared is not None
     return {
@@ -68,10 +63,15 @@ def run_job(
         },
         "settings": folder.info["settings"],
         "rows_sampled": facts["rows"],
-        "seconds": {"fit": round(fitted - begin, 1), "sample": round(sampled - fitted, 1)},
+        "columns": len(schema.modelled),
+        "seconds": {
+            "fit": round(fitted - begin, 1),
+            "sample": round(sampled - fitted, 1),
+            "evaluate": round(time.perf_counter() - evaluated, 1),
+        },
         "mean_two_way_tv": compared.pairs.mean,
         "mean_two_way_tv_heldout_real": compared.pairs_floor.mean,
-        "utility": compared.utility,
+        "utility": plain(compared.utility),
     }
 
 
