@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from synthward.engine.errors import UnsupportedOperationError
+from synthward.engine.scratch import Workspace
 
 if TYPE_CHECKING:
     from synthward.engine.layout import Layout
@@ -51,6 +52,7 @@ class CaptureState:
         # anchor alone.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.anchor_grad = torch.zeros((), device=device)
+        self.workspace = Workspace(device)
         self.forward = 0
         # Rows of the backward pass to come, if known by then: of every forward pass, or of one.
         self.layout: Layout | None = None
@@ -67,13 +69,12 @@ class CaptureState:
             self._task, self._kept = task, []
         self._kept.append(kept)
 
-    def unit_sums(self, rows: Tensor, leading: int, forward: int) -> Tensor | None:
-        """Rows [N, p] of a call added up per unit while they are still in cache; None where units are
-        unknown."""
+    def call_layout(self, rows: int, leading: int, forward: int) -> Layout | None:
+        """Layout of a call with that many rows; None where the units are not known yet."""
         layout = self.layouts.get(forward, self.layout)
         if layout is None or layout.num_rows == 0 or leading % layout.num_rows:
             return None
-        return layout.expand(len(rows) // layout.num_rows).sum_rows(rows)
+        return layout.expand(rows // layout.num_rows)
 
     def refuse_double(self, operation: str) -> None:
         """Called in backward: a gradient that is to be differentiated again is not supported."""

@@ -6,6 +6,7 @@ The root is never written anywhere; a resumed run draws a fresh one, so that no 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from typing import Literal, get_args
 
@@ -30,6 +31,7 @@ class KeySchedule:
             raise ValueError(f"root: has {len(root)} bytes, expected 32")
         self._root = root
         self._is_private = is_private
+        self._queries = itertools.count()
 
     @classmethod
     def from_os(cls) -> KeySchedule:
@@ -50,6 +52,10 @@ class KeySchedule:
             raise ValueError(f"purpose: got {purpose!r}, expected one of {', '.join(get_args(Purpose))}")
         info = _DOMAIN + b"key/" + purpose.encode()
         return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self._root)
+
+    def next_query(self) -> int:
+        """Noise step of the next query: never given out twice, whatever number of objects ask."""
+        return next(self._queries)
 
     @property
     def key_id(self) -> str:

@@ -33,6 +33,7 @@ class Layout:
         self._expanded: dict[int, Layout] = {1: self}
         self._row_units: Tensor | None = None
         self._units: Layout | None = None
+        self._ones: Tensor | None = None
 
     @classmethod
     def uniform(cls, num_units: int, rows_per_unit: int, device: torch.device | None = None) -> Layout:
@@ -123,10 +124,24 @@ class Layout:
             return per_unit.unsqueeze(1).expand(-1, self.rows_per_unit).flatten()
         return per_unit.index_select(0, self.row_units)
 
-    def sum_rows(self, per_row: Tensor) -> Tensor:
-        """Rows [num_rows, ...], in the batch's own order, added up per unit [U, ...]."""
+    def sum_rows(self, rows: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Rows [num_rows] or [num_rows, p], in the batch's own order, added up per unit: [U] or [U, p].
+
+        `factors` [num_rows] multiply rows [num_rows, p]. The result may be `rows` itself where each is a
+        unit.
+        """
+        if self.rows_per_unit is not None and rows.dim() == 2 and not self.is_single:
+            # A product with a row of ones or factors: faster than a sum over the middle axis.
+            if factors is None:
+                if self._ones is None or self._ones.dtype != rows.dtype:
+                    self._ones = rows.new_ones(self.num_rows)
+                factors = self._ones
+            left = factors.view(self.num_units, 1, self.rows_per_unit)
+            return torch.bmm(left, rows.view(self.num_units, self.rows_per_unit, rows.shape[1])).squeeze(1)
+        if factors is not None:
+            rows = rows * factors.unsqueeze(1)
         if self.is_single:
-            return per_row
+            return rows
         if self.rows_per_unit is not None:
-            return per_row.view(self.num_units, self.rows_per_unit, *per_row.shape[1:]).sum(1)
-        return per_row.new_zeros(self.num_units, *per_row.shape[1:]).index_add_(0, self.row_units, per_row)
+            return rows.view(self.num_units, self.rows_per_unit).sum(1)
+        return rows.new_zeros(self.num_units, *rows.shape[1:]).index_add_(0, self.row_units, rows)

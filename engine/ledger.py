@@ -1,8 +1,8 @@
 """The ledger of a run: what was spent on the records, written and flushed before it is spent.
 
 Append-only canonical JSON lines, each holding the SHA-256 of the line before. Training buys steps in leases:
-one line covers many steps, and a lease that its process did not close is charged whole. A line that a crash
-tore was never flushed, so what it would have paid for never happened: it is set aside in a `recovered` line.
+one line covers many steps, and a lease that its process did not close is charged whole. A last line that was
+torn is charged too, as far as it can be read, in a `recovered` line: it may have been flushed and cut later.
 Reading a ledger runs no code: the kinds of lines and of events are closed sets.
 """
 
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,12 +29,22 @@ _VERSION = 1
 # Calibration meets a target to a few parts in 1e5; this covers only the rounding of a sum.
 _SLACK = 1e-9
 _FIELDS: dict[str, set[str]] = {
-    "header": {"version", "run_id", "unit", "relation", "delta", "accountant", "key_id", "private", "target_epsilon"},
+    "header": {
+        "version",
+        "run_id",
+        "unit",
+        "relation",
+        "delta",
+        "accountant",
+        "key_id",
+        "private",
+        "target_epsilon",
+    },
     "event": {"event", "note"},
     "lease": {"event", "first_step", "steps"},
     "lease_close": {"used"},
     "key": {"key_id", "private"},
-    "recovered": {"bytes", "digest"},
+    "recovered": {"bytes", "digest", "event"},
 }
 _COMMON = {"seq", "prev", "time", "kind", "hash"}
 
@@ -51,6 +62,9 @@ class Ledger:
         self._descriptor: int | None = descriptor
         self._lines = lines
         self._lease_is_ours = False
+        self._taken = 0
+        self._torn: Event | None = None
+        self._pid = os.getpid()
 
     @classmethod
     def create(
@@ -76,25 +90,29 @@ class Ledger:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             raise LedgerError(f"{path}: a ledger exists here already; its spend can not be reset") from None
+        except OSError as error:
+            raise LedgerError(f"{path}: can not be written ({error.strerror}); nothing was spent") from None
         ledger = cls(path, descriptor, [])
-        ledger._lock()
-        ledger._append(
-            "header",
-            version=_VERSION,
-            run_id=run_id,
-            unit=unit,
-            relation="add_or_remove_one",
-            delta=delta,
-            accountant=accountant,
-            key_id=key_id,
-            private=private,
-            target_epsilon=target_epsilon,
-        )
-        folder = os.open(path.absolute().parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            ledger._lock()
+            ledger._append(
+                "header",
+                version=_VERSION,
+                run_id=run_id,
+                unit=unit,
+                relation="add_or_remove_one",
+                delta=delta,
+                accountant=accountant,
+                key_id=key_id,
+                private=private,
+                target_epsilon=target_epsilon,
+            )
+            _sync_folder(path)
+        except BaseException:
+            # Nothing was charged yet: half a ledger would only bar the next attempt.
+            path.unlink(missing_ok=True)
+            ledger.close()
+            raise
         return ledger
 
     @classmethod
@@ -105,6 +123,8 @@ class Ledger:
             descriptor = os.open(path, os.O_RDONLY if readonly else os.O_RDWR | os.O_APPEND)
         except FileNotFoundError:
             raise LedgerError(f"{path}: no ledger here") from None
+        except OSError as error:
+            raise LedgerError(f"{path}: can not be opened ({error.strerror})") from None
         ledger = cls(path, descriptor, [])
         try:
             if not readonly:
@@ -142,6 +162,8 @@ class Ledger:
 
     def add_key(self, key_id: str, *, private: bool = True) -> None:
         """Note the fresh key of a resumed run; a key that was used before is refused."""
+        if self._lease_is_ours:
+            raise LedgerError(f"{self.path}: close the lease before changing the key")
         used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
         if key_id in used and private:
             raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
@@ -150,49 +172,59 @@ class Ledger:
     def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int) -> None:
         """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on."""
         if event.steps != 1 or steps < 1 or first_step < 0:
-            raise ValueError("lease: expected the event of one step, at least one step, and a first step >= 0")
+            raise ValueError(
+                "lease: expected the event of one step, at least one step, and a first step >= 0"
+            )
         if self._open_lease() is not None and self._lease_is_ours:
             raise LedgerError(f"{self.path}: the lease before is still open")
         whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
         self._check_budget([whole])
         self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps)
-        self._lease_is_ours = True
+        self._lease_is_ours, self._taken = True, 0
 
     def close_lease(self, used_steps: int) -> None:
-        """Give back what a lease of this process did not use."""
+        """Give back what a lease of this process did not use; steps that `covers` let pass stay charged."""
         lease = self._open_lease()
         if lease is None or not self._lease_is_ours:
             raise LedgerError(f"{self.path}: this process has no open lease")
-        if not 0 <= used_steps <= lease["steps"]:
+        if not (_is_count(used_steps) and used_steps <= lease["steps"]):
             raise ValueError(f"used_steps: got {used_steps}, the lease holds {lease['steps']}")
-        self._append("lease_close", used=used_steps)
+        self._append("lease_close", used=max(used_steps, self._taken))
         self._lease_is_ours = False
 
     def covers(self, step: int, event: PoissonGaussianEvent) -> bool:
-        """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step)."""
+        """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step).
+
+        A lease pays for each step once: True counts the step, and those before it, as taken, so that going
+        back to a checkpoint and taking a step again needs a lease of its own.
+        """
         lease = self._open_lease()
-        if lease is None or not self._lease_is_ours or self._descriptor is None:
+        if lease is None or not self._lease_is_ours or self._descriptor is None or self._pid != os.getpid():
             return False
-        first = lease["first_step"]
-        return first <= step < first + lease["steps"] and event_from_dict(lease["event"]) == event
+        at = step - lease["first_step"]
+        if not self._taken <= at < lease["steps"] or event_from_dict(lease["event"]) != event:
+            return False
+        self._taken = at + 1
+        return True
 
     def events(self) -> list[Event]:
         """Everything charged so far; an unclosed lease counts whole."""
         charged: list[Event] = []
-        for at, line in enumerate(self._lines):
-            if line["kind"] == "event":
+        lease_at = -1
+        for line in self._lines:
+            if line["kind"] == "event" or (line["kind"] == "recovered" and line["event"] is not None):
                 charged.append(event_from_dict(line["event"]))
             elif line["kind"] == "lease":
-                following = self._lines[at + 1] if at + 1 < len(self._lines) else None
-                closed = following is not None and following["kind"] == "lease_close"
-                steps = following["used"] if closed and following is not None else line["steps"]
-                event = line["event"]
-                if steps:
-                    charged.append(PoissonGaussianEvent(event["sample_rate"], event["noise_multiplier"], steps))
+                lease_at = len(charged)
+                charged.append(_steps_of(line["event"], line["steps"]))
+            elif line["kind"] == "lease_close":
+                charged[lease_at] = _steps_of(charged[lease_at].to_dict(), line["used"])
+        if self._torn is not None:
+            charged.append(self._torn)
         return merge_events(charged)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
-        """Epsilon of everything charged, from the ledger alone; by default with its own delta and accountant."""
+        """Epsilon of all that was charged, from the ledger alone, at its own delta and accountant by default."""
         header = self._lines[0]
         return epsilon_of(
             self.events(), header["delta"] if delta is None else delta, accountant or header["accountant"]
@@ -221,7 +253,9 @@ class Ledger:
             raise LedgerError(f"{self.path}: another process is writing this ledger") from None
 
     def _open_lease(self) -> dict[str, Any] | None:
-        last = next((x for x in reversed(self._lines) if x["kind"] in ("lease", "lease_close")), None)
+        # A key or a torn line is the mark of another process: only the process that leases may close.
+        ends = ("lease", "lease_close", "key", "recovered")
+        last = next((x for x in reversed(self._lines) if x["kind"] in ends), None)
         return last if last is not None and last["kind"] == "lease" else None
 
     def _check_budget(self, more: list[Event]) -> None:
@@ -232,13 +266,15 @@ class Ledger:
         after = epsilon_of([*self.events(), *more], header["delta"], header["accountant"])
         if after > target * (1.0 + _SLACK):
             raise BudgetExceededError(
-                f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta {header['delta']:g}; "
-                "training stops here"
+                f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta "
+                f"{header['delta']:g}; training stops here"
             )
 
     def _append(self, kind: str, **fields: Any) -> None:
         if self._descriptor is None:
             raise LedgerError(f"{self.path}: the ledger is closed")
+        if self._pid != os.getpid():
+            raise LedgerError(f"{self.path}: belongs to the process that opened it, not to a fork of it")
         line: dict[str, Any] = {
             "seq": len(self._lines),
             "prev": self._lines[-1]["hash"] if self._lines else _START,
@@ -257,7 +293,9 @@ class Ledger:
         except OSError as error:
             # Nothing that this line covers will happen: take back the part that was written.
             os.ftruncate(self._descriptor, end)
-            raise LedgerError(f"{self.path}: can not be written ({error.strerror}); nothing was spent") from None
+            raise LedgerError(
+                f"{self.path}: can not be written ({error.strerror}); nothing was spent"
+            ) from None
         self._lines.append(line)
 
     def _load(self, expected_head: str | None) -> None:
@@ -270,9 +308,24 @@ class Ledger:
             self._lines.append(self._verify(number, text))
         if expected_head is not None and all(line["hash"] != expected_head for line in self._lines):
             raise LedgerError(f"{self.path}: does not hold the expected head; lines were cut off or replaced")
-        if torn and self._is_writable():
-            os.ftruncate(self._descriptor, len(whole) + 1)
-            self._append("recovered", bytes=len(torn), digest=hashlib.sha256(torn).hexdigest())
+        if torn:
+            self._recover(torn, len(whole) + 1)
+
+    def _recover(self, torn: bytes, end: int) -> None:
+        """Charge the last line, which lost its end; on disk where this process may write."""
+        assert self._descriptor is not None
+        leased = [line["steps"] for line in self._lines if line["kind"] == "lease"]
+        event = _charge_of_torn(torn, max(leased, default=1))
+        if not self._is_writable():
+            self._torn = event
+            return
+        os.ftruncate(self._descriptor, end)
+        self._append(
+            "recovered",
+            bytes=len(torn),
+            digest=hashlib.sha256(torn).hexdigest(),
+            event=None if event is None else event.to_dict(),
+        )
 
     def _is_writable(self) -> bool:
         assert self._descriptor is not None
@@ -293,7 +346,7 @@ class Ledger:
             if (kind == "header") != (not self._lines):
                 raise ValueError("is out of place")
             self._verify_fields(line)
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError) as error:
             raise LedgerError(f"{self.path}: line {number} {error}; the ledger can not be trusted") from None
         return dict(line)
 
@@ -303,23 +356,63 @@ class Ledger:
             check_delta(line["delta"])
             if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
                 raise ValueError("is of another version")
-        if kind in ("event", "lease"):
+        if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
             event_from_dict(line["event"])
         if kind == "lease":
             if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
                 raise ValueError("leases something else than single steps")
-            if not (isinstance(line["steps"], int) and line["steps"] >= 1 and isinstance(line["first_step"], int)):
+            if not (_is_count(line["steps"]) and line["steps"] >= 1 and _is_count(line["first_step"])):
                 raise ValueError("leases no steps")
         if kind == "lease_close":
-            lease = self._lines[-1]
-            if lease["kind"] != "lease" or not 0 <= line["used"] <= lease["steps"]:
+            lease = self._open_lease()
+            if lease is None or not (_is_count(line["used"]) and line["used"] <= lease["steps"]):
                 raise ValueError("closes no lease")
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
     """Sorted keys, no blanks, shortest round-trip floats."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def _digest(line: dict[str, Any]) -> str:
     return hashlib.sha256(_DOMAIN + _canonical(line)).hexdigest()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _steps_of(event: dict[str, Any], steps: int) -> PoissonGaussianEvent:
+    return PoissonGaussianEvent(event["sample_rate"], event["noise_multiplier"], steps)
+
+
+def _charge_of_torn(torn: bytes, longest_lease: int) -> Event | None:
+    """What a line without its end has to be charged as.
+
+    In canonical order the event comes first and a lease's number of steps near the end. Where that number is
+    lost, the lease counts as long as the longest before it. None for lines that charge nothing, and for one
+    cut inside its event: of that one only its length and digest are kept.
+    """
+    text = torn.decode("utf-8", errors="replace")
+    start = '{"event":'
+    if not text.startswith(start):
+        return None
+    try:
+        data, end = json.JSONDecoder().raw_decode(text, len(start))
+        event = event_from_dict(data)
+    except (ValueError, RecursionError, OverflowError, ConfigError):
+        return None
+    if not isinstance(event, PoissonGaussianEvent) or text.startswith(',"hash":', end):
+        return event
+    steps = re.search(r'"steps":([0-9]{1,12}),', text[end:])
+    return _steps_of(data, int(steps.group(1)) if steps else longest_lease)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

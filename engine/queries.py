@@ -19,15 +19,15 @@ _STREAM = 2
 class QueryMechanism:
     """Gaussian mechanism over vectors; every answer is in the ledger before it exists.
 
-    Guarantees: noise of standard deviation ``noise_multiplier * l2_sensitivity`` per coordinate, from a key of
-    its own and a fresh step for every query. The caller vouches for ``l2_sensitivity``: how far one unit,
+    Guarantees: noise of standard deviation ``noise_multiplier * l2_sensitivity`` per coordinate, from a key
+    of its own and a fresh step for every query, also where several mechanisms share one key schedule. The
+    caller vouches for ``l2_sensitivity``: how far one unit,
     added or removed, can move ``values``.
     """
 
     def __init__(self, ledger: Ledger, keys: KeySchedule) -> None:
         self._ledger = ledger
-        self._key = keys.key("queries")
-        self._asked = 0
+        self._keys = keys
 
     def gaussian_vector(
         self, values: NDArray[np.float64], *, l2_sensitivity: float, noise_multiplier: float, note: str
@@ -40,11 +40,13 @@ class QueryMechanism:
         """
         values = np.asarray(values, dtype=np.float64)
         if not (math.isfinite(l2_sensitivity) and l2_sensitivity > 0.0):
-            raise PrivacyError(f"l2_sensitivity: got {l2_sensitivity!r}; a query needs a positive finite bound")
+            raise PrivacyError(
+                f"l2_sensitivity: got {l2_sensitivity!r}; a query needs a positive finite bound"
+            )
         if not np.isfinite(values).all():
             raise PrivacyError(f"query {note!r}: its values are not finite, so no sensitivity can hold")
         self._ledger.append_event(GaussianEvent(float(noise_multiplier), 1), note=note)
-        noise = gaussian_noise(values.size, key=self._key, stream=_STREAM, step=self._asked)
-        self._asked += 1
+        key, step = self._keys.key("queries"), self._keys.next_query()
+        noise = gaussian_noise(values.size, key=key, stream=_STREAM, step=step)
         scaled = noise.numpy().astype(np.float64) * (noise_multiplier * l2_sensitivity)
         return np.asarray(values + scaled.reshape(values.shape))

@@ -25,7 +25,6 @@ from synthward.engine.rules.families import (
     ScatterUse,
     Use,
     Weights,
-    Workspace,
     add_cross_term,
     merge_uses,
 )
@@ -70,7 +69,6 @@ class DPStep:
         names = [span.name for span in self.flat]
         self.state = CaptureState(self.flat.positions, names, self.flat.data.device)
         self.has_sum = False
-        self._workspace = Workspace(self.flat.data.device)
         self._grad_scale = 1.0 / expected_batch_size
         self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
 
@@ -170,7 +168,10 @@ class DPStep:
             for use, layout in uses:
                 if id(layout) not in weights:
                     bad = layout.to_rows(is_bad).nonzero().squeeze(1)
-                    weights[id(layout)] = (layout, Weights(layout.to_rows(factors), bad, self._workspace))
+                    weights[id(layout)] = (
+                        layout,
+                        Weights(layout.to_rows(factors), bad, self.state.workspace),
+                    )
                 use.add_weighted_sum(weights[id(layout)][1], self.flat.sums[position])
 
     def release(self) -> None:

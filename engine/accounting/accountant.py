@@ -7,9 +7,11 @@ answer there ignores the doubled sensitivity.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from synthward.engine.accounting.events import (
@@ -22,6 +24,10 @@ from synthward.engine.errors import ConfigError
 
 ACCOUNTANTS = ("pld", "rdp", "prv")
 RELATION = "add_or_remove_one"
+# The library's own default; results are pinned to it.
+_GRID = 1e-4
+# A PLD's size grows with 1 / noise^2: below this it takes minutes and gigabytes, for an epsilon of hundreds.
+_LEAST_PLD_NOISE = 0.05
 
 
 class Accountant:
@@ -59,21 +65,30 @@ class Accountant:
 def epsilon_of(events: Iterable[Event], delta: float, accountant: str = "pld") -> float:
     """Epsilon of the composition of ``events`` at ``delta``."""
     check_delta(delta)
-    merged = merge_events(events)
+    if accountant not in ACCOUNTANTS:
+        raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
+    merged = merge_events(_as_mechanism(event) for event in events)
     if any(event.noise_multiplier == 0.0 for event in merged):
         return math.inf
     if not merged:
         return 0.0
+    return _epsilon(tuple(merged), delta, accountant)
+
+
+def _as_mechanism(event: Event) -> Event:
+    """A sample at rate 1 is the Gaussian mechanism: one form, so that equal spends are equal numbers."""
+    if isinstance(event, PoissonGaussianEvent) and event.sample_rate == 1.0:
+        return GaussianEvent(event.noise_multiplier, event.steps)
+    return event
+
+
+@lru_cache(maxsize=512)
+def _epsilon(events: tuple[Event, ...], delta: float, accountant: str) -> float:
     if accountant == "prv":
-        return _prv_epsilon(merged, delta)
-    if accountant not in ACCOUNTANTS:
-        raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-    built = _library_accountant(accountant)
-    for event in merged:
-        built.compose(*_library_event(event))
+        return _prv_epsilon(events, delta)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(built.get_epsilon(delta))
+        return _pld_epsilon(events, delta) if accountant == "pld" else _rdp_epsilon(events, delta)
 
 
 def epsilon_curve(
@@ -81,14 +96,13 @@ def epsilon_curve(
 ) -> list[tuple[int, float]]:
     """(step, epsilon) at about ``points`` steps, the queries charged at step 0."""
     queries = [e for e in events if isinstance(e, GaussianEvent)]
-    trained = merge_events(e for e in events if isinstance(e, PoissonGaussianEvent))
-    total = sum(e.steps for e in trained if isinstance(e, PoissonGaussianEvent))
+    trained = [e for e in events if isinstance(e, PoissonGaussianEvent)]
+    total = sum(e.steps for e in trained)
     marks = sorted({round(total * i / max(points - 1, 1)) for i in range(points)} | {0, total})
     curve = []
     for mark in marks:
         left, taken = mark, list[Event](queries)
         for event in trained:
-            assert isinstance(event, PoissonGaussianEvent)
             steps = min(left, event.steps)
             left -= steps
             if steps:
@@ -112,23 +126,56 @@ def merge_events(events: Iterable[Event]) -> list[Event]:
     return merged
 
 
-def _library_accountant(kind: str) -> Any:
+@lru_cache(maxsize=8)
+def _pld(sample_rate: float, noise: float) -> Any:
+    """PLD of one Poisson-sampled Gaussian: the slow part, the same for every number of steps."""
+    if noise < _LEAST_PLD_NOISE:
+        raise ConfigError(
+            f"noise multiplier: {noise:g} in all is too little for the accountant 'pld' (least "
+            f"{_LEAST_PLD_NOISE:g}); give more noise, or the accountant 'rdp'"
+        )
     import dp_accounting
-    from dp_accounting import pld, rdp
+    from dp_accounting.pld import privacy_loss_distribution
 
-    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if kind == "pld":
-        return pld.PLDAccountant(relation)
-    return rdp.RdpAccountant(neighboring_relation=relation)
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise,
+        value_discretization_interval=_GRID,
+        sampling_prob=sample_rate,
+        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
 
 
-def _library_event(event: Event) -> tuple[Any, int]:
+def _pld_epsilon(events: Sequence[Event], delta: float) -> float:
+    """As the library's PLDAccountant composes: Gaussians in closed form, sampled ones by self-composition."""
+    whole: Any = None
+    for event in events:
+        if isinstance(event, GaussianEvent):
+            part = _pld(1.0, event.noise_multiplier / math.sqrt(event.count))
+        else:
+            part = _pld(event.sample_rate, event.noise_multiplier).self_compose(event.steps)
+        whole = part if whole is None else whole.compose(part)
+    return float(whole.get_epsilon_for_delta(delta))
+
+
+def _rdp_epsilon(events: Sequence[Event], delta: float) -> float:
     import dp_accounting
+    from dp_accounting import rdp
 
-    gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-    if isinstance(event, GaussianEvent):
-        return gaussian, event.count
-    return dp_accounting.PoissonSampledDpEvent(event.sample_rate, gaussian), event.steps
+    built = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    # The library drops orders that do not converge (the bound stays valid) and warns once for each.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for event in events:
+            gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+            if isinstance(event, GaussianEvent):
+                built.compose(gaussian, event.count)
+            else:
+                built.compose(dp_accounting.PoissonSampledDpEvent(event.sample_rate, gaussian), event.steps)
+        return float(built.get_epsilon(delta))
+    finally:
+        logger.setLevel(level)
 
 
 def _prv_epsilon(events: Sequence[Event], delta: float) -> float:
@@ -145,9 +192,21 @@ def _prv_epsilon(events: Sequence[Event], delta: float) -> float:
         else (1.0, e.noise_multiplier, e.count)
         for e in events
     ]
-    prvs = [prv_accountant.PoissonSubsampledGaussianMechanism(noise_multiplier=s, sampling_probability=q) for q, s, _ in sampled]
+    prvs = [
+        prv_accountant.GaussianMechanism(noise_multiplier=noise)
+        if rate == 1.0
+        else prv_accountant.PoissonSubsampledGaussianMechanism(
+            noise_multiplier=noise, sampling_probability=rate
+        )
+        for rate, noise, _ in sampled
+    ]
     counts = [n for _, _, n in sampled]
-    built = prv_accountant.PRVAccountant(
-        prvs=prvs, max_self_compositions=counts, eps_error=0.01, delta_error=delta * 1e-4
-    )
-    return float(built.compute_epsilon(delta=delta, num_self_compositions=counts)[2])
+    try:
+        built = prv_accountant.PRVAccountant(
+            prvs=prvs, max_self_compositions=counts, eps_error=0.01, delta_error=delta * 1e-4
+        )
+        return float(built.compute_epsilon(delta=delta, num_self_compositions=counts)[2])
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"accountant 'prv' can not answer here ({error}); use 'pld' (the default)"
+        ) from None

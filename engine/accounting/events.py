@@ -11,7 +11,7 @@ from synthward.engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class PoissonGaussianEvent:
-    """``steps`` Gaussian sums over Poisson samples of the units; noise std / sensitivity is the multiplier."""
+    """``steps`` Gaussian sums over Poisson samples of units; noise std / sensitivity is the multiplier."""
 
     kind: ClassVar[str] = "poisson_gaussian"
     sample_rate: float

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from synthward.engine.capture import CaptureState
 from synthward.engine.layout import Layout
+from synthward.engine.scratch import Workspace
 from synthward.kernels import (
     diagonal_weighted_sum,
     outer_sq_norms,
@@ -81,20 +82,6 @@ class Weights:
         """``w_n * rows_n`` in scratch memory, zero for non-finite units."""
         scaled = torch.mul(kept, self.rows.unsqueeze(1), out=self._workspace(kept.shape))
         return scaled.index_fill_(0, self._bad, 0.0)
-
-
-class Workspace:
-    """One scratch buffer, as large as the largest request: fresh memory costs more than what is done with
-    it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._buffer = torch.empty(0, dtype=torch.float32, device=device)
-
-    def __call__(self, shape: torch.Size) -> Tensor:
-        size = shape.numel()
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(size, dtype=torch.float32, device=self._buffer.device)
-        return self._buffer[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -235,10 +222,14 @@ Use = OuterUse | DiagonalUse | ScatterUse
 KeptUse = Use | DiagonalRows
 
 
-def diagonal_use(state: CaptureState, rows: Tensor, leading: int, forward: int) -> DiagonalUse | DiagonalRows:
-    """Rows [N, p] of a captured call, added up per unit if the units are known already."""
-    sums = state.unit_sums(rows, leading, forward)
-    return DiagonalRows(rows) if sums is None else DiagonalUse(sums)
+def diagonal_use(
+    state: CaptureState, rows: Tensor, leading: int, forward: int, row_factors: Tensor | None = None
+) -> DiagonalUse | DiagonalRows:
+    """Rows [N, p] (times factors [N]) of a captured call, added up per unit if the units are known."""
+    layout = state.call_layout(len(rows), leading, forward)
+    if layout is not None:
+        return DiagonalUse(layout.sum_rows(rows, row_factors))
+    return DiagonalRows(rows if row_factors is None else rows * row_factors.unsqueeze(1))
 
 
 def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Layout]:

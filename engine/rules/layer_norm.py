@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,15 +39,19 @@ class _LayerNorm(torch.autograd.Function):
         ctx.state.refuse_double("layer_norm")
         x, weight, bias, mean, rstd = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
-        width = mean.new_empty(ctx.shape).numel()
+        width = math.prod(ctx.shape)
         grad = grad.contiguous()
         g = grad.reshape(-1, width).float()
         uses: list[tuple[int, KeptUse]] = []
         if weight_at is not None:
-            # (x - mean) * rstd in one pass, then times the output gradient in place.
-            scaled = torch.addcmul(-mean * rstd, x.detach(), rstd).mul_(grad)
-            scaled = scaled.reshape(-1, width).float()
-            uses.append((weight_at, diagonal_use(ctx.state, scaled, leading, forward)))
+            # The factor 1 / std of a row goes into the sum over the unit's rows: one pass less.
+            deviation = torch.sub(x.detach(), mean, out=ctx.state.workspace(x.shape)).mul_(grad)
+            uses.append(
+                (
+                    weight_at,
+                    diagonal_use(ctx.state, deviation.view(-1, width), leading, forward, rstd.flatten()),
+                )
+            )
         if bias_at is not None:
             uses.append((bias_at, diagonal_use(ctx.state, g, leading, forward)))
         ctx.state.keep(Kept("layer_norm", leading, forward, uses))
