@@ -64,7 +64,13 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, value in result.items():
         if isinstance(value, (list, tuple)):
-            lines += [f"{name}:", *(f"  {item}" for item in value)]
+            lines += [f"{name}:", *(f"  {_words(item)}" for item in value)]
         else:
-            lines.append(f"{name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+            lines.append(f"{name}: {_words(value)}")
     return lines
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

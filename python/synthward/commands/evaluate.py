@@ -69,6 +69,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluate a run's cohort and write the report; returns the facts that the command prints."""
     from synthward.data import read_records, split_records
+    from synthward.engine import Ledger
     from synthward.engine.accounting import epsilon_curve
     from synthward.evaluate import evaluate_records
     from synthward.report import render_report
@@ -79,7 +80,7 @@ def write_report(
     refuse_existing(out, overwrite)
     schema, info = folder.schema, folder.info
     spent = spent_budget(folder)
-    with folder.open_ledger() as ledger:
+    with Ledger.open(folder.ledger_path, readonly=True) as ledger:
         curve = epsilon_curve(ledger.events(), info["delta"], CURVE_POINTS, info["accountant"])
         head = ledger.head
     with _counting(progress, "read") as count:

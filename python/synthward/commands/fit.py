@@ -126,8 +126,10 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 def spent_budget(folder: Any) -> dict[str, Any]:
     """What the run's ledger says was spent, beside the plan that it was spent on."""
+    from synthward.engine import Ledger
+
     info = folder.info
-    with folder.open_ledger() as ledger:
+    with Ledger.open(folder.ledger_path, readonly=True) as ledger:
         epsilon = ledger.epsilon(info["delta"], info["accountant"])
     keys = ("run_id", "generator", "delta", "unit", "accountant", "private", "steps", "sample_rate")
     plan = {key: info[key] for key in (*keys, "noise_multiplier")}
