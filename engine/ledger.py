@@ -224,7 +224,7 @@ class Ledger:
         return merge_events(charged)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
-        """Epsilon of all that was charged, from the ledger alone, at its own delta and accountant by default."""
+        """Epsilon of all that was charged; at the ledger's own delta and accountant by default."""
         header = self._lines[0]
         return epsilon_of(
             self.events(), header["delta"] if delta is None else delta, accountant or header["accountant"]

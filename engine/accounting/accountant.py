@@ -67,19 +67,12 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: str = "pld") -
     check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-    merged = merge_events(_as_mechanism(event) for event in events)
+    merged = merge_events(events)
     if any(event.noise_multiplier == 0.0 for event in merged):
         return math.inf
     if not merged:
         return 0.0
     return _epsilon(tuple(merged), delta, accountant)
-
-
-def _as_mechanism(event: Event) -> Event:
-    """A sample at rate 1 is the Gaussian mechanism: one form, so that equal spends are equal numbers."""
-    if isinstance(event, PoissonGaussianEvent) and event.sample_rate == 1.0:
-        return GaussianEvent(event.noise_multiplier, event.steps)
-    return event
 
 
 @lru_cache(maxsize=512)
