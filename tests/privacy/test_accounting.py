@@ -67,7 +67,7 @@ def test_the_plan_s_event_costs_what_the_library_says(rate, sigma, steps):
 
     event = make_plan(sample_rate=rate, noise_multiplier=sigma, steps=steps).event()
     assert (event.sample_rate, event.noise_multiplier, event.steps) == (rate, sigma, steps)
-    assert epsilon_of([event], DELTA) == pytest.approx(library_epsilon(rate, sigma, steps), rel=1e-9)
+    assert epsilon_of([event], DELTA) == pytest.approx(library_epsilon(rate, sigma, steps), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["pld", "rdp"])
@@ -76,7 +76,7 @@ def test_the_engine_reports_the_library_s_epsilon(kind):
     private = poisson_engine(accountant=kind)
     run_loop(private, 20)
     expected = library_epsilon(8 / 64, 1.1, 20, kind=kind)
-    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-9)
+    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-6)
 
 
 def test_reading_epsilon_changes_nothing():
@@ -117,7 +117,7 @@ def test_empty_draws_count_and_are_noised():
             assert 0.5 < moved.std() / 1.1 < 2.0
             steps += 1
     expected = library_epsilon(1 / 64, 1.1, steps)
-    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-9)
+    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-6)
     assert empty > 0, "with probability 1 - 3e-12 some of sixty draws are empty"
 
 
@@ -130,7 +130,7 @@ def test_without_poisson_sampling_no_amplification_is_claimed():
     for start in range(0, 64, 8):
         engine_step(private, inputs[start : start + 8], targets[start : start + 8])
     spent = private[0].get_epsilon(delta=DELTA)
-    assert spent >= library_epsilon(1.0, 5.0, 8) * (1 - 1e-9)
+    assert spent >= library_epsilon(1.0, 5.0, 8) * (1 - 1e-6)
 
 
 def test_noise_multiplier_zero_is_infinite():
@@ -263,7 +263,7 @@ def test_queries_are_charged_to_the_same_budget():
     step = dp_event.PoissonSampledDpEvent(0.02, dp_event.GaussianDpEvent(1.5))
     accountant.compose(dp_event.SelfComposedDpEvent(step, 300))
     accountant.compose(dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(8.0), 3))
-    assert spent == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
+    assert spent == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-6)
 
 
 def test_a_given_rate_and_denominator_are_what_is_run_and_accounted():
@@ -281,7 +281,7 @@ def test_a_given_rate_and_denominator_are_what_is_run_and_accounted():
             sizes.append(len(targets))
             moved.append(before - flat_parameters(module))
     expected = library_epsilon(0.05, 2.0, len(sizes))
-    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-9)
+    assert private[0].get_epsilon(delta=DELTA) == pytest.approx(expected, rel=1e-6)
     spread = float(np.concatenate(moved).std())
     assert 0.9 < spread / (2.0 / 10) < 1.15, "noise of sigma C over the given denominator"
 
