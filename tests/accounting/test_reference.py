@@ -1,5 +1,6 @@
 """The accountant against independent values: the reference file, the library itself, and closed forms."""
 
+import itertools
 import json
 import math
 
@@ -80,7 +81,11 @@ def test_queries_and_steps_compose_as_in_the_library():
     built = pld.PLDAccountant()
     built.compose(dp_accounting.GaussianDpEvent(6.0), 2)
     built.compose(dp_accounting.PoissonSampledDpEvent(0.03, dp_accounting.GaussianDpEvent(1.4)), 200)
-    events = [PoissonGaussianEvent(0.03, 1.4, 120), GaussianEvent(6.0, 2), PoissonGaussianEvent(0.03, 1.4, 80)]
+    events = [
+        PoissonGaussianEvent(0.03, 1.4, 120),
+        GaussianEvent(6.0, 2),
+        PoissonGaussianEvent(0.03, 1.4, 80),
+    ]
     assert epsilon_of(events, 1e-6) == pytest.approx(built.get_epsilon(1e-6), rel=1e-9)
 
 
@@ -113,7 +118,7 @@ def test_the_curve_ends_at_the_whole_and_starts_at_the_queries():
     curve = epsilon_curve(events, 1e-5, 5)
     assert curve[0] == (0, epsilon_of(events[:1], 1e-5))
     assert curve[-1] == (100, epsilon_of(events, 1e-5))
-    assert all(a[1] <= b[1] for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(curve))
 
 
 def test_steps_and_rate_are_solved_on_the_safe_side():
