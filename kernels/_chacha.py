@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from synthward import _C
 from synthward.kernels import _check
 

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
-from synthward import _C
 from torch import Tensor
+
+from synthward import _C
 
 Backend = Literal["auto", "reference", "cpp"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from synthward.data import IngestReport, Records
 from synthward.schema import Schema
 from synthward.schema.load import schema_from_dict

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from synthward.kernels import available_isas, force_isa
 
 from benchmarks.machine import describe
+from synthward.kernels import available_isas, force_isa
 
 
 @pytest.fixture(autouse=True)

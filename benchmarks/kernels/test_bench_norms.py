@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from synthward.kernels import diagonal_sq_norms, outer_sq_norms, scale_rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from synthward.kernels import noisy_adam_
 
 SIZES = [1 << 16, 1 << 20, 1 << 23]

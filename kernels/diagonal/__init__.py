@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
 from synthward.kernels.diagonal import cpp_impl, reference
-from torch import Tensor
 
 
 def diagonal_sq_norms(

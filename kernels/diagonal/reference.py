@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from synthward.kernels._segments import row_units
 from torch import Tensor
+
+from synthward.kernels._segments import row_units
 
 
 def diagonal_sq_norms(rows: Tensor, offsets: Tensor | None, factors: Tensor | None, units: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from synthward import _C
 from synthward.kernels._select import threads, view, written
-from torch import Tensor
 
 
 def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:

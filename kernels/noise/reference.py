@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from synthward.kernels._chacha import reference_gaussians
 from torch import Tensor
+
+from synthward.kernels._chacha import reference_gaussians
 
 
 def gaussian_noise(count: int, key: bytes, stream: int, step: int, start: int) -> Tensor:

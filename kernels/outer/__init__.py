@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, use_cpp
 from synthward.kernels.outer import cpp_impl, reference
-from torch import Tensor
 
 
 def outer_sq_norms(

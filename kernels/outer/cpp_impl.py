@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from synthward import _C
 from synthward.kernels._select import maybe_view, threads, view, written
 from synthward.kernels.outer.reference import unit_sq_norm
-from torch import Tensor
 
 
 def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from synthward.kernels._segments import row_units
 from synthward.kernels.outer.reference import scale_rows
-from torch import Tensor
 
 
 def scatter_sq_norms(ids: Tensor, output_grads: Tensor, offsets: Tensor | None, units: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from synthward import _C
 from synthward.kernels._select import maybe_view, threads, view, written
-from torch import Tensor
 
 
 def noisy_adam_(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from synthward.kernels.noise import reference as noise
 from torch import Tensor
+
+from synthward.kernels.noise import reference as noise
 
 
 def noisy_adam_(

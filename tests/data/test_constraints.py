@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from synthward.data import check_constraints, enforce_constraints, to_arrow
 from synthward.engine.errors import DataError, SchemaError
 from synthward.schema.load import schema_from_dict

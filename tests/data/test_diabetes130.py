@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from synthward.data import CohortWriter, draft_schema, enforce_constraints, read_records, to_arrow
 from synthward.schema import load_schema
 from synthward.schema.load import parse_schema

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from synthward.data import draft_schema, read_records
 from synthward.engine.errors import DataError
 from synthward.schema.load import parse_schema

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from synthward.data import CohortWriter, arrow_schema, read_records, to_arrow
 from synthward.engine.errors import DataError
 from synthward.schema.load import schema_from_dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from synthward.data import IngestReport, Records, read_records, split_records
 from synthward.engine.errors import DataError
 from synthward.schema.load import parse_schema

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+
 from synthward.data import CohortWriter, to_arrow
 from synthward.engine.errors import OutputError
 from synthward.schema.load import parse_schema

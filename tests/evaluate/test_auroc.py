@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from synthward.evaluate import auroc
 from synthward.evaluate.auroc import RankedScores, bootstrap_auroc, interval
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from synthward.evaluate import check_copies
 from synthward.evaluate.copies import share_repeated
-
 from tests.invented import as_records, make_records, make_schema
 
 WORDS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=15)

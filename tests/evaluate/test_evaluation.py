@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+
 from synthward.engine.errors import DataError
 from synthward.evaluate import RELEASABLE_ROWS, evaluate_records, two_way_tv
-
 from tests.invented import as_records, make_records, make_schema
 
 SCHEMA = make_schema()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from synthward.engine.errors import DataError
 from synthward.evaluate import bin_records, marginals, one_way_tv, two_way_tv
 from synthward.evaluate.binning import code_labels
-
 from tests.invented import as_records, make_records, make_schema
 
 SMALL = make_schema(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from synthward.evaluate import measure_utility
 from synthward.evaluate.features import MAX_LEVELS, FeatureEncoder
 from synthward.evaluate.utility import choose_subgroup_columns, find_target
-
 from tests.invented import as_records, make_records, make_schema
 
 SCHEMA = make_schema()

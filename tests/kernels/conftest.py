@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from synthward.kernels import available_isas, force_isa
 
 

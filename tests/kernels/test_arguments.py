@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from synthward import _C
 from synthward.kernels import (
     add_gaussian_noise_,

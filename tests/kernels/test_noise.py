@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+
 from synthward import _C
 from synthward.kernels import add_gaussian_noise_, available_isas, chacha20_words, force_isa, gaussian_noise
 from synthward.kernels._chacha import EXTENSION_BIT, RARE, reference_blocks
-
 from tests.privacy.stats import FALSE_ALARM, assert_gaussian, assert_uncorrelated
 
 KEY = bytes(range(32))

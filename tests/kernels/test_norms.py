@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from synthward.kernels import available_isas, diagonal_sq_norms, force_isa, outer_sq_norms, scatter_sq_norms
 
+from synthward.kernels import available_isas, diagonal_sq_norms, force_isa, outer_sq_norms, scatter_sq_norms
 from tests.kernels.cases import (
     LAYOUTS,
     WIDTHS,

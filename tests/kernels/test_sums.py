@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from synthward.kernels import (
     available_isas,
     diagonal_weighted_sum,
@@ -12,7 +13,6 @@ from synthward.kernels import (
     scale_rows,
     scatter_weighted_sum,
 )
-
 from tests.kernels.cases import generator, matrix
 
 SHAPES = [(0, 3, 4), (1, 1, 1), (5, 7, 3), (13, 17, 33), (64, 40, 131)]

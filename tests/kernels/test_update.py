@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from synthward.kernels import available_isas, force_isa, gaussian_noise, noisy_adam_, noisy_sgd_
 from torch import Tensor
 
+from synthward.kernels import available_isas, force_isa, gaussian_noise, noisy_adam_, noisy_sgd_
 from tests.kernels.cases import generator
 
 KEY = bytes(range(32, 64))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+
 from synthward.engine.errors import OutputError, PrivacyError
 from synthward.evaluate import evaluate_records
 from synthward.report import BADGE, NOT_PRIVATE, render_report, save_overview_png
 from synthward.report.settings import settings_table
 from synthward.report.statement import format_epsilon, write_statement
-
 from tests.invented import as_records, make_records, make_schema
 
 SCHEMA = make_schema()

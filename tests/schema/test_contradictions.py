@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from synthward.engine.errors import SchemaError
 from synthward.schema.load import parse_schema
 

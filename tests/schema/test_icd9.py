@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from synthward.codes import CHAPTERS, categories, category_of, chapter_of
 
 

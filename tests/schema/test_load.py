@@ -6,6 +6,7 @@ import datetime as dt
 
 import numpy as np
 import pytest
+
 from synthward.engine.errors import SchemaError
 from synthward.schema import load_schema
 from synthward.schema.load import parse_schema

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from synthward.data import check_constraints, read_records
 from synthward.engine.errors import ConfigError, OutputError
 from synthward.simulate import (

@@ -49,10 +49,8 @@ class TokenCoder:
         if not missing:
             counts[0] = 0.0
         threshold = STANDALONE_DEVIATIONS * noise_std
-        if ordered:
-            key = _merge_adjacent(counts, threshold)
-        else:
-            key = _merge_rare(counts, threshold, level_groups)
+        rare = _merge_rare(counts, threshold, level_groups)
+        key = _merge_adjacent(counts, threshold) if ordered else rare
         if not missing:
             # What cannot occur shares its neighbour's token with weight zero, so it is never drawn.
             key[0] = key[1]

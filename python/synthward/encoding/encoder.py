@@ -169,7 +169,7 @@ class TableEncoder:
             elif column.is_discrete:
                 columns[coder.name] = levels
             else:
-                columns[coder.name] = np.where(levels < 0, np.nan, levels + float(column.min))
+                columns[coder.name] = np.where(levels < 0, np.nan, levels + public_bounds(column)[0])
         return {c.name: columns[c.name] for c in schema.modelled}
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class TableEncoder:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TableEncoder:
-        kinds = {"token": TokenCoder, "continuous": ContinuousCoder}
+        kinds: dict[str, Any] = {"token": TokenCoder, "continuous": ContinuousCoder}
         return cls(
             tuple(kinds[c["type"]].from_dict(c) for c in data["coders"]),
             Layout.from_dict(data["layout"]),
@@ -197,24 +197,31 @@ def is_token_column(column: Column) -> bool:
     """True for discrete columns and for integers of few values; the rest are continuous."""
     if column.is_discrete:
         return True
-    return column.is_integral and column.kind == "integer" and column.max - column.min < MAX_INTEGER_TOKENS
+    return column.kind == "integer" and bool(np.diff(public_bounds(column))[0] < MAX_INTEGER_TOKENS)
+
+
+def public_bounds(column: Column) -> tuple[float, float]:
+    """Declared bounds of a numeric column, which the schema guarantees to be there."""
+    assert column.min is not None and column.max is not None
+    return float(column.min), float(column.max)
 
 
 def level_index(column: Column, values: np.ndarray) -> np.ndarray:
     """Level index of a token column (int64, -1 missing): integers count from their lower bound."""
     if column.is_discrete:
         return values.astype(np.int64)
-    return np.where(np.isnan(values), -1, np.nan_to_num(values) - column.min).astype(np.int64)
+    return np.where(np.isnan(values), -1, np.nan_to_num(values) - public_bounds(column)[0]).astype(np.int64)
 
 
 def level_count(column: Column) -> int:
     """Number of levels of a token column, missing not counted."""
-    return len(column.levels) if column.is_discrete else int(column.max - column.min) + 1
+    return len(column.levels) if column.is_discrete else int(np.diff(public_bounds(column))[0]) + 1
 
 
 def _bounds(column: Column) -> tuple[float, float]:
     margin = 0.5 if column.is_integral else 0.0
-    return float(column.min) - margin, float(column.max) + margin
+    low, high = public_bounds(column)
+    return low - margin, high + margin
 
 
 def _histograms(records: Records) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ def make_settings(name: str, values: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}" if near else f"; known: {', '.join(fields)}"
             raise ConfigError(f"setting {key!r} is not one of generator {name!r}{hint}")
-        default = fields[key].default
+        default: Any = fields[key].default
         try:
             number = type(default)(value)
         except (TypeError, ValueError):

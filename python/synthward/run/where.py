@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from synthward.encoding.encoder import is_token_column, level_count
+from synthward.encoding.encoder import is_token_column, level_count, public_bounds
 from synthward.engine.errors import ConfigError
 from synthward.schema import Column, Schema
 
@@ -33,7 +34,7 @@ class Term:
             return None
         count = level_count(self.column)
         index = np.arange(count)
-        held = self._compare(index if self.column.is_discrete else index + float(self.column.min))
+        held = self._compare(index if self.column.is_discrete else index + public_bounds(self.column)[0])
         return np.concatenate([[self.op == "is"], held])
 
     def holds(self, values: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ def _number(column: Column, value: str) -> float:
             raise ConfigError(f"--where: {value!r} is not a value of column {column.name!r}; it has {shown}")
         return float(levels.index(value))
     if column.kind == "datetime":
-        unit = "s" if getattr(column, "resolution", "day") == "second" else "D"
+        unit: Any = "s" if column.resolution == "second" else "D"
         try:
             return float(np.datetime64(value, unit).astype(np.int64))
         except ValueError:
