@@ -3,7 +3,10 @@ file."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,15 +56,32 @@ class Source:
         with self.path.open("rb") as file:
             if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError(f"{self.path}: is UTF-16 text, not UTF-8 text: save the file as UTF-8")
-        try:
-            with self._open_csv(None) as reader:
-                names = list(reader.schema.names)
-        except UnicodeDecodeError:
-            raise DataError(f"{self.path}: the header is not UTF-8 text: save the file as UTF-8") from None
+        self._check_text()
+        with self._open_csv(None) as reader:
+            names = list(reader.schema.names)
         for mark, word in ((";", "semicolons"), ("\t", "tabs")):
             if len(names) == 1 and mark in names[0]:
                 raise DataError(f"{self.path}: its cells are separated by {word}: save it with commas")
         return names
+
+    def _check_text(self) -> None:
+        """Refuse bytes that are not UTF-8, in one quick pass: the parser only notices them in some places."""
+        decoder, lines = codecs.getincrementaldecoder("utf-8")(), 0
+        opened = gzip.open if self.path.suffix == ".gz" else open
+        try:
+            with opened(self.path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    try:
+                        decoder.decode(chunk)
+                    except UnicodeDecodeError as error:
+                        lines += chunk[: error.start].count(b"\n")
+                        where = f"row {lines}" if lines else "the header"
+                        raise DataError(
+                            f"{self.path}: {where} is not UTF-8 text: save the file as UTF-8"
+                        ) from None
+                    lines += chunk.count(b"\n")
+        except (OSError, EOFError, zlib.error):
+            return  # the parser says what is wrong with a broken file
 
     def _open_csv(self, names: list[str] | None) -> pa_csv.CSVStreamingReader:
         def refuse(row: pa_csv.InvalidRow) -> str:
