@@ -148,6 +148,7 @@ def works(desk, **settings):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["diffusion", "gan"])
 def test_constant_columns_work(desk, generator):
     """A number, a category and a missing column that never change, and a column that has but one category."""
@@ -159,6 +160,7 @@ def test_constant_columns_work(desk, generator):
     assert {row["site"] for row in cohort} == {"north"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["diffusion", "gan"])
 def test_ten_thousand_categories_work(desk, generator):
     levels = [f"c{i:05d}" for i in range(10_000)]
@@ -171,6 +173,7 @@ def test_ten_thousand_categories_work(desk, generator):
     assert {row["code"] for row in cohort} <= set(levels)
 
 
+@pytest.mark.slow
 def test_values_beyond_the_bounds_are_clipped_not_refused(desk):
     rows = table()
     rows[3]["age"], rows[4]["weight"] = "140", "1e30"
@@ -179,12 +182,14 @@ def test_values_beyond_the_bounds_are_clipped_not_refused(desk):
     assert all(0 <= int(row["age"]) <= 100 for row in cohort)
 
 
+@pytest.mark.slow
 def test_a_byte_order_mark_is_no_part_of_a_name(desk):
     """Spreadsheets write one."""
     desk.data.write_bytes(b"\xef\xbb\xbf" + desk.data.read_bytes())
     works(desk)
 
 
+@pytest.mark.slow
 def test_two_columns_are_enough(desk):
     keep = ("patient", "age", "outcome")
     write_csv(desk.data, table(), keep)

@@ -18,6 +18,8 @@ import pytest
 from tests.commandline import ACCOUNTANT, assert_one_line_error, command, fit_arguments, run, snapshot, start
 from tests.tinydata import write_tiny
 
+pytestmark = pytest.mark.slow  # whole fits in processes of their own
+
 EPSILON, DELTA = 3.0, 1e-5
 STEPS = 400
 
@@ -130,7 +132,6 @@ def resume_arguments(data: Path, schema: Path, out: Path) -> list[object]:
     return arguments
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lines", [1, 3, 5])
 def test_a_killed_fit_resumes_to_the_same_steps_within_the_budget(tmp_path, lines):
     """Killed after the ledger has so many lines. What was leased stays charged; the end is at the planned
@@ -159,7 +160,6 @@ def test_a_killed_fit_resumes_to_the_same_steps_within_the_budget(tmp_path, line
     assert len(cohort.read_text().splitlines()) == 41
 
 
-@pytest.mark.slow
 def test_a_fit_killed_again_and_again_never_under_reports(tmp_path):
     """Three kills at odd moments: epsilon never falls, key ids never repeat, the budget is never passed."""
     data, schema = write_tiny(tmp_path)
@@ -190,7 +190,6 @@ def test_a_fit_killed_again_and_again_never_under_reports(tmp_path):
     assert len(changes) == len(set(changes)), "a key came back after another: its noise stream was used twice"
 
 
-@pytest.mark.slow
 def test_resume_refuses_other_settings_and_other_records(tmp_path):
     """What was calibrated for one plan is not spent on another."""
     data, schema = write_tiny(tmp_path)
@@ -224,7 +223,6 @@ def test_the_ledger_command_agrees_with_the_ledger(finished_run):
 # a killed sampling
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_killed_sampling_resumes_to_the_full_cohort(tmp_path, finished_run, suffix):
     """The number of rows is the asked one, and the rows are those of an uninterrupted run with the same

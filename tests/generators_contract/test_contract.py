@@ -16,6 +16,8 @@ import pytest
 from tests.commandline import environment
 from tests.tinydata import COLUMNS, STAGES
 
+pytestmark = pytest.mark.slow  # whole fits
+
 ALLOWED_MISSING = ("weight", "stage")
 INTEGERS = {"age": (0, 100), "first": (0, 60), "last": (0, 60)}
 LEVELS = {"sex": {"F", "M"}, "stage": set(STAGES), "outcome": {"alive", "died"}}

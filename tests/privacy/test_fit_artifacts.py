@@ -19,6 +19,8 @@ import pytest
 from tests.commandline import ACCOUNTANT, fit_arguments, run
 from tests.tinydata import SCHEMA, table, write_csv, write_tiny
 
+pytestmark = pytest.mark.slow  # whole fits
+
 SIZES = ((211, 307), (223, 331), (239, 353))  # patients, rows: numbers that nothing else has reason to show
 
 TEXTS = (".json", ".jsonl", ".toml", ".txt", ".log", ".md", ".html", ".csv")
