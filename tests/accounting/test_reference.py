@@ -39,6 +39,7 @@ def event_of(case):
 
 
 @pytest.mark.realdata
+@pytest.mark.slow
 def test_reference_cases(reference):
     assert len(reference["cases"]) == 12
     for case in reference["cases"]:
@@ -89,6 +90,7 @@ def test_queries_and_steps_compose_as_in_the_library():
     assert epsilon_of(events, 1e-6) == pytest.approx(built.get_epsilon(1e-6), rel=1e-9)
 
 
+@pytest.mark.slow
 @given(
     rate=st.floats(0.001, 0.3),
     noise=st.floats(0.8, 6.0),
@@ -121,6 +123,7 @@ def test_the_curve_ends_at_the_whole_and_starts_at_the_queries():
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(curve))
 
 
+@pytest.mark.slow
 def test_steps_and_rate_are_solved_on_the_safe_side():
     steps = calibrate_steps(2.0, 1e-5, 0.02, 1.2)
     assert epsilon_of([PoissonGaussianEvent(0.02, 1.2, steps)], 1e-5) <= 2.0
