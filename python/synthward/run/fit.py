@@ -101,6 +101,7 @@ def fit_run(
         key_id=keys.key_id,
         private=keys.is_private,
         target_epsilon=epsilon,
+        accountant=options.accountant,
     )
     return _run(folder, train, keys, ledger, progress)
 
@@ -150,7 +151,7 @@ def _run(
     info = folder.info
     with ledger:
         if resumed:
-            ledger.add_key(keys.key_id)
+            ledger.add_key(keys.key_id, private=keys.is_private)
         encoder = _fit_encoder(folder, train, keys, ledger)
         expected = max(info["sample_rate"] * encoder.units, 1.0)
         plan = PrivacyPlan(
