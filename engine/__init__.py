@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from synthward.engine.sampling import physical_batches as physical_batches
     from synthward.engine.spec import ClipSpec as ClipSpec
     from synthward.engine.spec import NoiseSpec as NoiseSpec
+    from synthward.engine.spec import PerfSpec as PerfSpec
     from synthward.engine.spec import SamplingSpec as SamplingSpec
     from synthward.engine.step import DPStep as DPStep
     from synthward.engine.trainer import PrivateTrainer as PrivateTrainer
@@ -27,6 +28,7 @@ _HOMES = {
     "Layout": "layout",
     "Ledger": "ledger",
     "NoiseSpec": "spec",
+    "PerfSpec": "spec",
     "PoissonSampler": "sampling",
     "PrivacyPlan": "plan",
     "PrivateTrainer": "trainer",

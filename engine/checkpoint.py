@@ -23,6 +23,8 @@ from synthward.engine.step import DPStep
 _STEP = "step"
 _PARAMETER = "parameter."
 _OPTIMIZER = "optimizer."
+# The bound that adaptive clipping has reached: computed from released counts alone.
+_BOUND = "clipping.bound"
 
 
 def trainer_tensors(step: DPStep, steps_done: int) -> dict[str, Tensor]:
@@ -31,6 +33,8 @@ def trainer_tensors(step: DPStep, steps_done: int) -> dict[str, Tensor]:
     moments = optimizer_tensors(step.flat, step.optimizer, step.updater)
     tensors |= {f"{_OPTIMIZER}{key}": value for key, value in moments.items()}
     tensors[_STEP] = torch.tensor(steps_done, dtype=torch.int64)
+    if step.quantile is not None:
+        tensors[_BOUND] = torch.tensor(step.quantile.bound, dtype=torch.float64)
     return tensors
 
 
@@ -42,6 +46,8 @@ def restore_tensors(step: DPStep, tensors: dict[str, Tensor]) -> int:
     """
     if _STEP not in tensors:
         raise CheckpointError("the checkpoint has no step counter")
+    if (step.quantile is not None) != (_BOUND in tensors):
+        raise CheckpointError("the checkpoint is of another clipping rule")
     saved = {k.removeprefix(_PARAMETER): v for k, v in tensors.items() if k.startswith(_PARAMETER)}
     spans = {span.name: span for span in step.flat}
     if set(saved) != set(spans):
@@ -58,6 +64,8 @@ def restore_tensors(step: DPStep, tensors: dict[str, Tensor]) -> int:
             span.parameter.copy_(saved[name])
     moments = {k.removeprefix(_OPTIMIZER): v for k, v in tensors.items() if k.startswith(_OPTIMIZER)}
     load_optimizer_tensors(step.flat, step.optimizer, step.updater, moments)
+    if step.quantile is not None:
+        step.quantile.bound = float(tensors[_BOUND])
     return int(tensors[_STEP])
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState
 from synthward.engine.errors import UnsupportedOperationError
 from synthward.engine.layout import Layout
-from synthward.engine.rules.families import DiagonalRows, DiagonalUse, KeptUse
+from synthward.engine.rules.uses import DiagonalUse
 
 # A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
 _ATTEMPTS = 8
 
-Pattern = tuple[tuple[str, tuple[int | None, ...], int], ...]
+Pattern = tuple[tuple[str, tuple[int, ...], int], ...]
 
 
 class IndependenceProbe:
@@ -54,28 +54,24 @@ class IndependenceProbe:
     def _probe(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> bool:
         """Whether the unit's own rows show a gradient in every call; raises if another unit's do."""
         rows, has_power = layout.num_rows, True
-        torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
-        for item in self._state.take():
-            for position, use in item.uses:
+        with self._state.probe() as found:
+            torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
+            kept = list(found)
+        for item in kept:
+            for target, use in item.uses:
                 if item.leading % rows:
                     continue  # refused by name when it is accumulated
-                grads = _grads(use)
+                grads = use.evidence
                 call = layout.units if isinstance(use, DiagonalUse) else layout.expand(use.rows // rows)
                 is_own = call.row_units == unit
                 # NaN is not evidence: 0 * inf in another unit's rows gives it.
-                touched = ((grads != 0) & ~grads.isnan()).any(1)
-                has_power = has_power and bool((grads != 0).any(1)[is_own].any())
+                touched = ((grads != 0) & ~grads.isnan()).flatten(1).any(1)
+                has_power = has_power and bool((grads != 0).flatten(1).any(1)[is_own].any())
                 if bool((touched & ~is_own).any()):
                     raise UnsupportedOperationError(
-                        f"parameter {self._state.name(position)!r} in operation {item.operation!r}: units "
+                        f"parameter {self._state.name(target)!r} in operation {item.operation!r}: units "
                         "mix. One unit's loss depends on rows of other units there (a statistic or "
                         "attention over the batch, an input that all rows share, or a batch axis that is "
                         "not the first)"
                     )
         return has_power
-
-
-def _grads(use: KeptUse) -> Tensor:
-    if isinstance(use, DiagonalUse):
-        return use.unit_grads
-    return use.grads if isinstance(use, DiagonalRows) else use.output_grads

@@ -116,6 +116,24 @@ class Layout:
         """Rows [num_rows, ...] in unit order."""
         return rows if self.order is None else rows.index_select(0, self.order)
 
+    def unit_rows(self, rows: Tensor, first: int, last: int, fill: int = 0) -> Tensor:
+        """Rows [num_rows, ...] (in the batch's own order) of units ``first:last`` as [last - first, K, ...], K the
+        most rows of a unit of them; what is missing is `fill`."""
+        if self.rows_per_unit is not None:
+            each = self.rows_per_unit
+            return rows[first * each : last * each].view(last - first, each, *rows.shape[1:])
+        assert self.offsets is not None
+        bounds = self.offsets[first : last + 1]
+        counts = bounds.diff()
+        begin, end = int(bounds[0]), int(bounds[-1])
+        most = int(counts.max()) if len(counts) else 0
+        chosen = rows[begin:end] if self.order is None else rows.index_select(0, self.order[begin:end])
+        units = torch.repeat_interleave(torch.arange(last - first, device=rows.device), counts)
+        place = torch.arange(end - begin, device=rows.device) - (bounds - begin)[units]
+        padded = rows.new_full((last - first, most, *rows.shape[1:]), fill)
+        padded[units, place] = chosen
+        return padded
+
     def to_rows(self, per_unit: Tensor) -> Tensor:
         """A value per unit [U] as a value per row [num_rows], in the batch's own order."""
         if self.is_single:

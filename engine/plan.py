@@ -19,7 +19,7 @@ class PrivacyPlan:
         max_grad_norm: L2 bound of one unit's contribution.
         steps: logical steps that are paid for; the trainer refuses to go beyond them.
         expected_batch_size: public denominator of the mean gradient.
-        clipping: "flat".
+        clipping: the rule, by name (`ClipSpec`), or a whole `ClipSpec` (its bound must be `max_grad_norm`).
 
     Raises:
         ConfigError: a field that is no mechanism.
@@ -30,7 +30,7 @@ class PrivacyPlan:
     max_grad_norm: float
     steps: int
     expected_batch_size: float
-    clipping: str = "flat"
+    clipping: str | ClipSpec = "flat"
 
     def __post_init__(self) -> None:
         _ = self.clip, self.noise, self.sampling
@@ -40,6 +40,12 @@ class PrivacyPlan:
     @property
     def clip(self) -> ClipSpec:
         """The bound on one unit."""
+        if isinstance(self.clipping, ClipSpec):
+            if self.clipping.max_grad_norm != self.max_grad_norm:
+                raise ConfigError(
+                    "clipping: its max_grad_norm is not the plan's; give the same number to both"
+                )
+            return self.clipping
         return ClipSpec(self.max_grad_norm, self.clipping)
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from synthward.engine.capture import current_task
+from synthward.engine.capture import Batch, current_task
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.independence import IndependenceProbe
 from synthward.engine.layout import Layout
@@ -145,7 +145,9 @@ class PrivateSession:
         self._open = context
         forward = _Forward(rows, self._unit_ids)
         self._forwards[self.core.state.forward] = forward
-        self.core.state.layouts[self.core.state.forward] = self._layout(forward)
+        self.core.state.batches[self.core.state.forward] = Batch(
+            self._layout(forward), float(rows) if self._is_mean else 1.0
+        )
 
     def _leave(self, output: Any) -> None:
         if self._open is None:
@@ -155,7 +157,7 @@ class PrivateSession:
         forward = self._forwards[self.core.state.forward]
         found = _first_tensor(output)
         if found is not None and found.requires_grad and found.dim() > 0 and len(found) == forward.rows:
-            self._probe_rows(found, self.core.state.layouts[self.core.state.forward])
+            self._probe_rows(found, self.core.state.batches[self.core.state.forward].layout)
         self.core.state.calls.clear()
 
     def _probe_rows(self, output: Tensor, layout: Layout) -> None:
@@ -168,15 +170,12 @@ class PrivateSession:
 
     def _finish(self) -> None:
         """At the end of a real backward pass (not of torch.autograd.grad): clip and add."""
-        kept = self.core.state.take(current_task())
+        found = self.core.state.take(current_task())
         try:
-            forwards = {item.forward for item in kept}
-            if not forwards:
+            if found is None:
                 return
-            first = self._check_forwards(forwards)
-            layout = self.core.state.layouts[min(forwards)]
-            self._check_draw(first)
-            self.core.accumulate(kept, layout, scale=float(first.rows) if self._is_mean else 1.0)
+            self._check_draw(self._check_forwards(found.forwards))
+            self.core.finish(found)
         except BaseException:
             self.discard()
             raise
@@ -272,7 +271,8 @@ class PrivateSession:
         if self._draw is not None:
             self._last_draw = self._draw.index
         self._forwards.clear()
-        self.core.state.layouts.clear()
+        self.core.state.batches.clear()
+        self.core.state.reset()
         self._reset_step()
 
     def discard(self) -> None:

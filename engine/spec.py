@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from synthward.engine.errors import ConfigError
 
-CLIPPINGS = ("flat",)
+CLIPPINGS = ("flat", "per-layer", "grouped", "automatic", "adaptive")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -16,12 +16,34 @@ class ClipSpec:
     """How one unit's contribution is bounded.
 
     Args:
-        max_grad_norm: L2 bound C of the contribution of one privacy unit, finite and positive.
-        clipping: "flat": one bound over all parameters, factor ``min(1, C / norm)``.
+        max_grad_norm: L2 bound C of the contribution of one privacy unit, finite and positive. For "adaptive" it is
+            where the bound starts.
+        clipping: the rule. Each bounds a unit's contribution to the released sum by C (L2):
+
+            - "flat": one factor over all parameters, ``min(1, C / norm)``.
+            - "automatic": ``C / (norm + gamma)``: every unit is normalised (AUTO-S; Bu et al. 2023).
+            - "per-layer": each module that holds parameters is clipped on its own to ``C / sqrt(number of
+              modules)``, so that all together stay within C; a layer is finished inside its own backward and
+              nothing is kept.
+            - "grouped": the same for the groups named by `groups`.
+            - "adaptive": flat, and C follows a quantile of the norms that a noisy count measures in each step
+              (Andrew et al. 2021); the count is paid for out of `noise_multiplier`.
+        groups: for "grouped": prefixes of parameter names (``("encoder.", "decoder.")``); a parameter belongs to
+            the first that fits, and what fits none forms a last group.
+        gamma: for "automatic", above 0.
+        target_quantile: for "adaptive": the share of units that should not be clipped, between 0 and 1.
+        quantile_rate: for "adaptive": how fast C moves, ``C *= exp(-rate * (share - target_quantile))``.
+        count_noise: for "adaptive": standard deviation of the noise on the count of unclipped units, in units; by
+            default a twentieth of the expected batch.
     """
 
     max_grad_norm: float
     clipping: str = "flat"
+    groups: tuple[str, ...] = ()
+    gamma: float = 0.01
+    target_quantile: float = 0.5
+    quantile_rate: float = 0.2
+    count_noise: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(self.max_grad_norm, "max_grad_norm")
@@ -29,7 +51,22 @@ class ClipSpec:
         if self.max_grad_norm < 1e-12:
             raise ConfigError(f"max_grad_norm: got {self.max_grad_norm!r}; give at least 1e-12")
         if self.clipping not in CLIPPINGS:
-            raise ConfigError(f"clipping: got {self.clipping!r}; this version offers {', '.join(CLIPPINGS)}")
+            raise ConfigError(f"clipping: got {self.clipping!r}; choose one of {', '.join(CLIPPINGS)}")
+        if (self.clipping == "grouped") != bool(self.groups):
+            raise ConfigError(
+                "groups: prefixes of parameter names go with clipping='grouped', and only with it"
+            )
+        check_positive(self.gamma, "gamma")
+        check_positive(self.quantile_rate, "quantile_rate")
+        if not 0.0 < self.target_quantile < 1.0:
+            raise ConfigError(f"target_quantile: got {self.target_quantile!r}; give a number between 0 and 1")
+        if self.count_noise is not None:
+            check_positive(self.count_noise, "count_noise")
+
+    @property
+    def is_single_pass(self) -> bool:
+        """Whether a group is clipped and summed inside the backward pass, as soon as its last use is there."""
+        return self.clipping in ("per-layer", "grouped")
 
     def sensitivity(self) -> float:
         """L2 change of the summed gradient when one unit is added or removed."""
@@ -51,6 +88,37 @@ class NoiseSpec:
     def noise_std(self, clip: ClipSpec) -> float:
         """Standard deviation of the noise on each coordinate of the summed gradient."""
         return self.noise_multiplier * clip.sensitivity()
+
+
+KEEPS = ("full", "bf16", "recompute")
+METHODS = ("auto", "rank-1", "gram", "tile", "materialise")
+
+
+@dataclass(frozen=True)
+class PerfSpec:
+    """How the step is computed; nothing here changes epsilon.
+
+    Args:
+        keep: what waits for the clip factors. "full": activations and output gradients as they are. "bf16":
+            rounded to bfloat16, and the norms are those of the rounded values, so that the bound holds exactly;
+            half the memory, about three digits. "recompute": nothing; a second backward pass forms the sums
+            (`PrivateTrainer` only).
+        method: how norms of linear weights and convolutions are taken; "auto" chooses by the cost model.
+        materialise_bytes: memory for per-unit gradients that are kept for the clip; None: a tenth of what the
+            forward pass keeps.
+    """
+
+    keep: str = "full"
+    method: str = "auto"
+    materialise_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEPS:
+            raise ConfigError(f"keep: got {self.keep!r}; choose one of {', '.join(KEEPS)}")
+        if self.method not in METHODS:
+            raise ConfigError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.materialise_bytes is not None and self.materialise_bytes < 0:
+            raise ConfigError("materialise_bytes: give a number of bytes of at least 0")
 
 
 @dataclass(frozen=True)

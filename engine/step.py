@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from synthward.engine.capture import CaptureMode, CaptureState, Kept
-from synthward.engine.clipping import clip_factors, rounding_slack
-from synthward.engine.errors import PrivacyError, UnsupportedOperationError
+from synthward.engine.capture import Batch, CaptureMode, CaptureState
+from synthward.engine.contributions import Contributions, Groups
+from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.engine.flat import FlatParameters
 from synthward.engine.keys import KeySchedule
-from synthward.engine.layout import Layout
 from synthward.engine.optim import Noise, make_updater
-from synthward.engine.rules.families import (
-    DiagonalRows,
-    DiagonalUse,
-    Norms,
-    OuterUse,
-    ScatterUse,
-    Use,
-    Weights,
-    add_cross_term,
-    merge_uses,
-)
+from synthward.engine.planner import Planner
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
-from synthward.engine.spec import ClipSpec, NoiseSpec
+from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
+from synthward.kernels import gaussian_noise
 
 # Noise streams of training steps: one per object that draws from the same key schedule.
 _FIRST_STREAM = 1
@@ -48,7 +39,7 @@ class DPStep:
     """The private step of one module and optimizer.
 
     Guarantees: what `release` adds to the parameters is a function of the sum over units of contributions of
-    norm at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of `accumulate` calls;
+    norm at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of physical batches;
     noise is drawn at a (stream, step) that is never used again.
     """
 
@@ -61,13 +52,19 @@ class DPStep:
         noise: NoiseSpec,
         expected_batch_size: float,
         keys: KeySchedule,
+        perf: PerfSpec | None = None,
     ) -> None:
         check_modules(module)
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
         self.flat = FlatParameters(module, optimizer)
         self.updater = make_updater(self.flat, optimizer)
         names = [span.name for span in self.flat]
-        self.state = CaptureState(self.flat.positions, names, self.flat.data.device)
+        self.planner = Planner(perf or PerfSpec(), names)
+        self.groups = make_groups(clip, names)
+        self.quantile = Quantile(clip, noise, expected_batch_size) if clip.clipping == "adaptive" else None
+        self.state = CaptureState([span.parameter for span in self.flat], names)
+        self.state.start_pass = self.start_pass
+        self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.has_sum = False
         self._grad_scale = 1.0 / expected_batch_size
         self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
@@ -78,101 +75,45 @@ class DPStep:
         self.flat.check_unchanged(allow_frozen=True)
         check_modules(self.module)
         self.state.forward += 1
-        with CaptureMode(self.state, HANDLERS, CHECKS, HINTS):
-            yield
+        self.state.rows_hint = None
+        self.state.provenance.begin(self.module)
+        assert self.state.mode is not None
+        try:
+            with self.state.mode:
+                yield
+        finally:
+            self.state.provenance.clear()
 
-    def accumulate(
-        self, kept: list[Kept], layout: Layout, *, scale: float = 1.0, unit_mask: Tensor | None = None
-    ) -> None:
-        """Clip each unit of one physical batch and add the weighted sums to the flat buffer.
+    def start_pass(
+        self,
+        batch: Batch,
+        factors: list[tuple[Tensor, Tensor]] | None = None,
+        *,
+        measure_only: bool = False,
+    ) -> Contributions:
+        """The contributions of one backward pass over `batch`."""
+        if self.quantile is not None:
+            self.groups.bounds[0] = self.quantile.bound
+        return Contributions(
+            self.state,
+            batch,
+            clip=self.clip,
+            groups=self.groups,
+            sums=self.flat.sums,
+            planner=self.planner,
+            observe=None if self.quantile is None else self.quantile.observe,
+            factors=factors,
+            measure_only=measure_only,
+        )
 
-        Args:
-            kept: what the backward pass kept.
-            layout: which rows are whose.
-            scale: what gradients are multiplied by before the clip.
-            unit_mask: bool [U]; False weighs nothing.
-        """
+    def finish(self, contributions: Contributions | None) -> None:
+        """Clip the units of one physical batch and add the weighted sums to the flat buffer."""
         self.has_sum = True
-        if layout.num_rows == 0:
-            return
-        with torch.no_grad():
-            by_parameter = self._group(kept, layout)
-            sq_norms, row_bound, slack = self._norms(by_parameter, layout)
-            factors = clip_factors(
-                sq_norms, self.clip, slack=slack, row_bound=row_bound, scale=scale, unit_mask=unit_mask
-            )
-            self._weigh(by_parameter, factors, ~torch.isfinite(sq_norms))
-
-    def _group(self, kept: list[Kept], layout: Layout) -> dict[int, list[tuple[Use, Layout]]]:
-        """Uses of each parameter with the layout of their call; the first axis must hold whole batches of
-        rows."""
-        grouped: dict[int, list[tuple[Use, Layout]]] = defaultdict(list)
-        for item in kept:
-            for position, use in item.uses:
-                rows = layout.num_rows
-                if item.leading % rows:
-                    raise UnsupportedOperationError(
-                        f"parameter {self.state.name(position)!r} in operation {item.operation!r}: its "
-                        f"input has {item.leading} rows where the batch has {rows}; the first axis must be "
-                        "the batch's (expand what all rows share, such as position ids, to one row each)"
-                    )
-                if isinstance(use, DiagonalRows):
-                    use = DiagonalUse(layout.expand(use.rows // rows).sum_rows(use.grads))
-                if isinstance(use, DiagonalUse):
-                    grouped[position].append((use, layout.units))
-                else:
-                    grouped[position].append((use, layout.expand(use.rows // rows)))
-        return grouped
-
-    def _norms(
-        self, by_parameter: dict[int, list[tuple[Use, Layout]]], layout: Layout
-    ) -> tuple[Tensor, Tensor, float]:
-        """Squared norms of the units [U], and the bound [U] and slack of their rounding error
-        (`clip_factors`)."""
-        sq_norms = torch.zeros(layout.num_units, dtype=torch.float32, device=self.flat.data.device)
-        row_bound, longest, count, norms = torch.zeros_like(sq_norms), 1, 0, Norms()
-        for position, uses in by_parameter.items():
-            merged = self._merge(position, uses)
-            row_sums = torch.zeros_like(sq_norms)
-            for use, use_layout in merged:
-                use.add_norms(sq_norms, row_sums, use_layout, norms)
-                longest = max(longest, use.longest, use_layout.num_rows // max(use_layout.num_units, 1))
-                count += 1
-            row_bound.addcmul_(row_sums, row_sums)
-            if len(merged) == 2:
-                (outer, outer_layout), (scatter, scatter_layout) = merged
-                assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
-                add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
-        return sq_norms, row_bound, rounding_slack(longest, count)
-
-    def _merge(self, position: int, uses: list[tuple[Use, Layout]]) -> list[tuple[Use, Layout]]:
-        """One use per family, rows unit by unit; the outer family first."""
-        if len(uses) == 1:
-            return uses
-        families: dict[type[Use], list[tuple[Use, Layout]]] = defaultdict(list)
-        for use, layout in uses:
-            families[type(use)].append((use, layout))
-        if len(families) > 1 and set(families) != {OuterUse, ScatterUse}:
-            raise UnsupportedOperationError(
-                f"parameter {self.state.name(position)!r} is shared by operations whose cross term is not "
-                "computed; give each its own parameter"
-            )
-        merged = [merge_uses([u for u, _ in group], [x for _, x in group]) for group in families.values()]
-        return sorted(merged, key=lambda item: not isinstance(item[0], OuterUse))
-
-    def _weigh(
-        self, by_parameter: dict[int, list[tuple[Use, Layout]]], factors: Tensor, is_bad: Tensor
-    ) -> None:
-        weights: dict[int, tuple[Layout, Weights]] = {}
-        for position, uses in by_parameter.items():
-            for use, layout in uses:
-                if id(layout) not in weights:
-                    bad = layout.to_rows(is_bad).nonzero().squeeze(1)
-                    weights[id(layout)] = (
-                        layout,
-                        Weights(layout.to_rows(factors), bad, self.state.workspace),
-                    )
-                use.add_weighted_sum(weights[id(layout)][1], self.flat.sums[position])
+        if contributions is not None:
+            with torch.no_grad():
+                contributions.finish()
+            contributions.check_finished()
+            self.state.consume(contributions.forwards)
 
     def release(self) -> None:
         """Add noise, update the parameters, and leave the sum at zero.
@@ -181,22 +122,97 @@ class DPStep:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
         """
         self.check_coverage()
-        noise = Noise(self._key, self._stream, self._noise_step, self.noise.noise_std(self.clip))
+        std = self.noise.noise_std(self.clip)
+        if self.quantile is not None:
+            std = self.quantile.noise_multiplier * self.quantile.bound
+        noise = Noise(self._key, self._stream, self._noise_step, std)
         # Never given out again, even if what follows fails half way.
         self._noise_step += 1
         with torch.no_grad():
+            if self.quantile is not None:
+                # The first index behind the parameters: no coordinate of theirs has it.
+                at = {"stream": noise.stream, "step": noise.step, "start": len(self.flat.data)}
+                self.quantile.release(float(gaussian_noise(1, key=noise.key, **at)[0]))
             self.updater.update(noise, self._grad_scale)
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False
 
     def check_coverage(self) -> None:
         """Every trainable parameter is tracked, in place, and has no gradient of its own."""
+        self.state.check_unspoilt()
         self.flat.check_unchanged(allow_frozen=False)
         self.flat.check_in_place()
 
     def discard(self) -> None:
         """Drop what was accumulated since the last release."""
-        self.state.take()
-        if self.has_sum:
+        is_spoilt = self.state.abandon()
+        if self.quantile is not None:
+            self.quantile.discard()
+        if self.has_sum or is_spoilt:
             self.flat.summed_grad.zero_()
             self.has_sum = False
+
+
+class Quantile:
+    """The clipping bound that follows a quantile of the norms (Andrew et al. 2021, algorithm 1).
+
+    In each step the sum over units of ``1[norm <= C] - 1/2`` (sensitivity 1/2) is released with noise of standard
+    deviation `count_noise`; together with a sum at multiplier z' it is one Gaussian mechanism of multiplier z where
+    ``z'^-2 + (2 count_noise)^-2 = z^-2``. So the step costs what a step at z costs, and the sum carries a little
+    more noise.
+    """
+
+    def __init__(self, clip: ClipSpec, noise: NoiseSpec, expected_batch_size: float) -> None:
+        self.bound, self._clip, self._expected = clip.max_grad_norm, clip, expected_batch_size
+        self._count_noise = expected_batch_size / 20.0 if clip.count_noise is None else clip.count_noise
+        z = noise.noise_multiplier
+        if z == 0.0:
+            self._count_noise = 0.0
+            self.noise_multiplier = 0.0
+        elif 2.0 * self._count_noise <= z:
+            raise ConfigError(
+                f"count_noise: {self._count_noise:g} units is too little beside a noise multiplier of {z:g}; give "
+                f"more than {z / 2:g} (or a larger expected batch)"
+            )
+        else:
+            self.noise_multiplier = (z**-2 - (2.0 * self._count_noise) ** -2) ** -0.5
+        self._total: Tensor | None = None
+
+    def observe(self, index: int, norms: Tensor, counts: Tensor) -> None:
+        """Count the units of a physical batch: norms [U], and which of them count [U]."""
+        below = (norms <= self.bound).float() - 0.5
+        found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
+        self._total = found if self._total is None else self._total + found
+
+    def release(self, gaussian: float) -> None:
+        """Move the bound by the noisy share; `gaussian` is one standard draw."""
+        total = 0.0 if self._total is None else float(self._total)
+        share = (total + self._count_noise * gaussian) / self._expected + 0.5
+        moved = self.bound * math.exp(-self._clip.quantile_rate * (share - self._clip.target_quantile))
+        self.bound = min(max(moved, 1e-12), 1e12)
+        self._total = None
+
+    def discard(self) -> None:
+        self._total = None
+
+
+def make_groups(clip: ClipSpec, names: list[str]) -> Groups:
+    """The clipping groups of parameters with these names.
+
+    Raises:
+        ConfigError: a group without a parameter.
+    """
+    if clip.clipping == "per-layer":
+        keys = [re.sub(r"\.?parametrizations\.\w+$", "", name.rpartition(".")[0]) for name in names]
+    elif clip.clipping == "grouped":
+        keys = [next((g for g in clip.groups if name.startswith(g)), "(the rest)") for name in names]
+        for group in clip.groups:
+            if group not in keys:
+                raise ConfigError(f"groups: no trainable parameter's name starts with {group!r}")
+    else:
+        keys = ["all"] * len(names)
+    distinct = list(dict.fromkeys(keys))
+    bound = clip.max_grad_norm / math.sqrt(len(distinct))
+    # Rounded down, so that the squares of the bounds never add up to more than that of the whole.
+    bound = bound if len(distinct) == 1 else math.nextafter(bound, 0.0) * (1.0 - 2.0**-50)
+    return Groups([distinct.index(key) for key in keys], [bound] * len(distinct), distinct)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from synthward.engine.capture import Batch
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
 from synthward.engine.errors import (
     BudgetExceededError,
@@ -21,6 +22,7 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
 from synthward.engine.ledger import Ledger
 from synthward.engine.plan import PrivacyPlan
+from synthward.engine.spec import PerfSpec
 from synthward.engine.step import DPStep
 
 
@@ -42,6 +44,7 @@ class PrivateTrainer:
         keys: source of the noise key.
         ledger: where steps are paid for, or None (then nothing is recorded: tests, or a caller that
             accounts).
+        perf: how the step is computed (memory against time).
 
     Guarantees:
         - one unit moves the sum that is released by at most ``plan.max_grad_norm`` (L2);
@@ -58,8 +61,9 @@ class PrivateTrainer:
         *,
         keys: KeySchedule,
         ledger: Ledger | None = None,
+        perf: PerfSpec | None = None,
     ) -> None:
-        self.plan, self.ledger = plan, ledger
+        self.plan, self.ledger, self.perf = plan, ledger, perf or PerfSpec()
         self._step = DPStep(
             module,
             optimizer,
@@ -67,6 +71,7 @@ class PrivateTrainer:
             noise=plan.noise,
             expected_batch_size=plan.expected_batch_size,
             keys=keys,
+            perf=self.perf,
         )
         self._probe = IndependenceProbe(self._step.state)
         self._layouts: dict[tuple[int, int], Layout] = {}
@@ -116,18 +121,41 @@ class PrivateTrainer:
                 )
             if layout.num_units:
                 # What torch.autograd.grad left behind in the forward pass is no part of this one.
-                state.take()
-                state.layout = layout
+                state.abandon()
+                state.batch = Batch(layout, 1.0, unit_mask)
                 self._probe.check(losses, _unit_weights(losses), layout)
-                torch.autograd.backward(losses, torch.ones_like(losses))
-                self._step.accumulate(state.take(), layout, unit_mask=unit_mask)
+                self._backward(losses, state.batch)
+            else:
+                self._step.has_sum = True
         except BaseException:
             self._step.discard()
             raise
         finally:
             state.take()
-            state.layout = None
-            state.calls.clear()
+            state.batch = None
+            state.reset()
+
+    def _backward(self, losses: Tensor, batch: Batch) -> None:
+        step, state, ones = self._step, self._step.state, torch.ones_like(losses)
+        if self.perf.keep != "recompute":
+            torch.autograd.backward(losses, ones)
+            step.finish(state.take())
+            return
+        state.start_pass = lambda batch: step.start_pass(batch, measure_only=True)
+        try:
+            torch.autograd.backward(losses, ones, retain_graph=True)
+            measured = state.take()
+            if measured is None:
+                step.finish(None)
+                return
+            with torch.no_grad():
+                measured.finish()
+            factors = measured.factors()
+            state.start_pass = lambda batch: step.start_pass(batch, factors)
+            torch.autograd.backward(losses, ones)
+            step.finish(state.take())
+        finally:
+            state.start_pass = step.start_pass
 
     def apply(self) -> None:
         """End the logical step: noise, update, step counter.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.rules.families import ScatterUse
+from synthward.engine.rules.uses import ScatterUse
 
 
 class _Embedding(torch.autograd.Function):
@@ -21,7 +21,7 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, ids: Tensor, weight: Tensor, padding: int, anchor: Tensor, state: CaptureState, call: Any
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding, ctx.state, ctx.call = padding, state, call
+        ctx.padding, ctx.state, ctx.call, ctx.num_rows = padding, state, call, len(weight)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -36,7 +36,7 @@ class _Embedding(torch.autograd.Function):
             ids = torch.where(is_padding, torch.full_like(ids, -1), ids)
             # The padded entry takes no gradient, so its rows must not count in the unit's norm either.
             g = torch.where(is_padding.unsqueeze(1), torch.zeros_like(g), g)
-        ctx.state.keep(Kept("embedding", leading, forward, [(weight_at, ScatterUse(ids, g))]))
+        ctx.state.keep(Kept("embedding", leading, forward, [(weight_at, ScatterUse(ids, g, ctx.num_rows))]))
         return None, None, None, ctx.state.anchor_grad, None, None
 
 
@@ -51,7 +51,7 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """Handler of ``torch.nn.functional.embedding``; input ids [rows, ...]."""
-    weight_at = state.position(weight)
+    weight_at = state.target(weight)
     if weight_at is None:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None:

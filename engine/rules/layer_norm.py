@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.rules.families import KeptUse, diagonal_use
+from synthward.engine.provenance import Target
+from synthward.engine.rules.uses import DiagonalRows, Use, diagonal_use
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _LayerNorm(torch.autograd.Function):
         width = math.prod(ctx.shape)
         grad = grad.contiguous()
         g = grad.reshape(-1, width).float()
-        uses: list[tuple[int, KeptUse]] = []
+        uses: list[tuple[Target, Use | DiagonalRows]] = []
         if weight_at is not None:
             # The factor 1 / std of a row goes into the sum over the unit's rows: one pass less.
             deviation = torch.sub(x.detach(), mean, out=ctx.state.workspace(x.shape)).mul_(grad)
@@ -73,7 +74,7 @@ def layer_norm(
 ) -> Tensor:
     """Handler of ``torch.nn.functional.layer_norm``; input [rows, ..., *normalized_shape]."""
     state.refuse_tracked(input, "layer_norm")
-    weight_at, bias_at = state.position(weight), state.position(bias)
+    weight_at, bias_at = state.target(weight), state.target(bias)
     if weight_at is None and bias_at is None:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     state.refuse_computed(weight, weight_at, bias, "layer_norm")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.rules.families import KeptUse, OuterUse, diagonal_use
+from synthward.engine.provenance import Target
+from synthward.engine.rules.uses import DiagonalRows, OuterUse, Use, diagonal_use
 
 
 class _Linear(torch.autograd.Function):
@@ -36,7 +37,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
         g = grad.reshape(-1, grad.shape[-1]).float().contiguous()
-        uses: list[tuple[int, KeptUse]] = []
+        uses: list[tuple[Target, Use | DiagonalRows]] = []
         if weight_at is not None:
             a = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
             # What has a gradient function of its own was computed on the way; the rest may be the caller's
@@ -53,7 +54,7 @@ class _Linear(torch.autograd.Function):
 def linear(state: CaptureState, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Handler of ``torch.nn.functional.linear``; input [rows, ..., d]."""
     state.refuse_tracked(input, "linear")
-    weight_at, bias_at = state.position(weight), state.position(bias)
+    weight_at, bias_at = state.target(weight), state.target(bias)
     if weight_at is None and bias_at is None:
         return F.linear(input, weight, bias)
     state.refuse_computed(weight, weight_at, bias, "linear")

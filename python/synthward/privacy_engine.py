@@ -59,7 +59,7 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float,
         poisson_sampling: bool = True,
-        clipping: str = "flat",
+        clipping: str | ClipSpec = "flat",
         loss_reduction: str = "mean",
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
@@ -76,7 +76,8 @@ class PrivacyEngine:
             poisson_sampling: False leaves the loader alone. No amplification is claimed then: every unit is
                 charged as present in every step, and a removed unit is one whose rows stay in their batches
                 at weight zero.
-            clipping: "flat".
+            clipping: the rule by name (`ClipSpec`: "flat", "per-layer", "automatic", "adaptive"), or a whole
+                `ClipSpec`.
             loss_reduction: "mean" if the criterion averages over the rows present, "sum" if it adds them.
             sample_rate: Poisson probability q. If None, the batch size over the number of units, which is
                 thereby treated as public.
@@ -89,7 +90,7 @@ class PrivacyEngine:
             ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
         """
         sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        core = self._core(module, optimizer, ClipSpec(max_grad_norm, clipping), noise_multiplier, sampling)
+        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise_multiplier, sampling)
         return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None)
 
     def make_private_with_epsilon(
@@ -103,7 +104,7 @@ class PrivacyEngine:
         epochs: int,
         max_grad_norm: float,
         poisson_sampling: bool = True,
-        clipping: str = "flat",
+        clipping: str | ClipSpec = "flat",
         loss_reduction: str = "mean",
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
@@ -126,7 +127,7 @@ class PrivacyEngine:
             self.accountant.kind,
             other_events=self.accountant.events,
         )
-        core = self._core(module, optimizer, ClipSpec(max_grad_norm, clipping), noise, sampling)
+        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling)
         return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps)
 
     def units(self, ids: Tensor | Sequence[int] | None = None) -> AbstractContextManager[None]:
@@ -284,3 +285,11 @@ class PrivacyEngine:
             PrivateOptimizer(session, core.optimizer),
             loader if private_loader is None else private_loader,
         )
+
+
+def _clip(max_grad_norm: float, clipping: str | ClipSpec) -> ClipSpec:
+    if isinstance(clipping, ClipSpec):
+        if clipping.max_grad_norm != max_grad_norm:
+            raise ConfigError("clipping: its max_grad_norm differs from max_grad_norm; give the same to both")
+        return clipping
+    return ClipSpec(max_grad_norm, clipping)

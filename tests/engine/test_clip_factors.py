@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthward.engine import ClipSpec
 from synthward.engine.clipping import clip_factors, rounding_slack
 from synthward.engine.layout import Layout
-from synthward.engine.rules.families import Norms, OuterUse
+from synthward.engine.rules.uses import Norms, OuterUse
 
 
 def factors_of(a: torch.Tensor, g: torch.Tensor, layout: Layout, bound: float) -> np.ndarray:
@@ -21,7 +21,9 @@ def factors_of(a: torch.Tensor, g: torch.Tensor, layout: Layout, bound: float) -
     use = OuterUse(a, g)
     use.add_norms(sq_norms, row_sums, layout, Norms())
     slack = rounding_slack(max(use.longest, layout.num_rows // layout.num_units), 1)
-    return clip_factors(sq_norms, ClipSpec(bound), slack=slack, row_bound=row_sums**2).double().numpy()
+    clip = ClipSpec(bound)
+    factors = clip_factors(sq_norms, clip, bound=bound, slack=slack, row_bound=row_sums**2)[0]
+    return factors.double().numpy()
 
 
 def true_norms(a: torch.Tensor, g: torch.Tensor, units: int) -> np.ndarray:
@@ -71,7 +73,7 @@ def test_rows_that_cancel_inside_a_unit_stay_within_c(size, rest, seed):
 
 def test_not_finite_weighs_exactly_nothing():
     sq_norms = torch.tensor([1.0, torch.nan, torch.inf, 4.0, 0.0, 3e38])
-    factors = clip_factors(sq_norms, ClipSpec(1.0), slack=1e-6, row_bound=sq_norms)
+    factors, _, _ = clip_factors(sq_norms, ClipSpec(1.0), bound=1.0, slack=1e-6, row_bound=sq_norms)
     assert factors[[1, 2]].tolist() == [0.0, 0.0]
     assert factors[4] == 1.0, "a gradient of zero is not clipped"
     assert 0.0 < factors[5] < 1e-18
@@ -81,14 +83,18 @@ def test_not_finite_weighs_exactly_nothing():
 def test_masked_units_weigh_exactly_nothing():
     sq_norms = torch.tensor([1.0, 9.0, torch.nan])
     mask = torch.tensor([True, False, False])
-    factors = clip_factors(sq_norms, ClipSpec(2.0), slack=0.0, row_bound=sq_norms, unit_mask=mask)
+    factors, _, _ = clip_factors(
+        sq_norms, ClipSpec(2.0), bound=2.0, slack=0.0, row_bound=sq_norms, unit_mask=mask
+    )
     assert factors.tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_scale_of_a_mean_is_undone_before_the_clip():
     """Gradients of a mean over ten rows, ten times too small: both clipped and unclipped units."""
     sq_norms = torch.tensor([0.04, 1e-4])
-    factors = clip_factors(sq_norms, ClipSpec(1.0), slack=0.0, row_bound=sq_norms, scale=10.0)
+    factors, _, _ = clip_factors(
+        sq_norms, ClipSpec(1.0), bound=1.0, slack=0.0, row_bound=sq_norms, scale=10.0
+    )
     torch.testing.assert_close(factors, torch.tensor([1.0 / 0.2, 10.0]))
 
 

@@ -348,7 +348,7 @@ def test_two_modules_of_one_engine_add_up():
     ("changes", "match"),
     [
         ({"loss_reduction": "none"}, "loss_reduction"),
-        ({"clipping": "per-layer"}, "clipping"),
+        ({"clipping": "per-row"}, "clipping"),
         ({"sample_rate": 2.0}, "sample_rate"),
         ({"sample_rate": 0.1, "poisson_sampling": False}, "sample_rate"),
         ({"expected_batch_size": 0}, "expected_batch_size"),

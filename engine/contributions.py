@@ -1,0 +1,331 @@
+"""The contributions of a physical batch's units: norms as the backward pass brings them, then factors and sums.
+
+A parameter's norm is taken inside the backward of its own layer, while what it needs is in cache, as soon as its
+last use has come. A clipping group whose parameters are all there is finished on the spot where the rule allows
+it; flat clipping waits for the end of the backward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from synthward.engine.capture import Batch, CaptureState, Kept, positions_of
+from synthward.engine.clipping import clip_factors, rounding_slack
+from synthward.engine.errors import PrivacyError, UnsupportedOperationError
+from synthward.engine.layout import Layout
+from synthward.engine.planner import Planner
+from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
+from synthward.engine.rules.mixed import add_derived_sum, add_mixed_norms
+from synthward.engine.rules.uses import (
+    DiagonalRows,
+    DiagonalUse,
+    Norms,
+    OuterUse,
+    ScatterUse,
+    Use,
+    Weights,
+    add_cross_term,
+    merge_uses,
+)
+from synthward.engine.spec import ClipSpec
+
+# A use, whose parameter it is of, and which rows are whose.
+Item = tuple[Target, Use, Layout]
+
+
+@dataclass
+class Groups:
+    """Clipping groups: which group each parameter is in, and the bound of each group."""
+
+    of_position: list[int]
+    bounds: list[float]
+    names: list[str]
+
+
+@dataclass
+class _Group:
+    """What is known of one clipping group in this pass."""
+
+    sq_norms: Tensor
+    row_bound: Tensor
+    items: list[Item] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
+    longest: int = 1
+    count: int = 0
+    is_summed: bool = False
+
+
+class Contributions:
+    """One backward pass over one physical batch.
+
+    Args:
+        state: what the capture knows of the forward passes.
+        batch: the rows and units.
+        clip: the clipping rule.
+        groups: its groups.
+        sums: the sum of each parameter, in its own shape; weighted sums are added to them.
+        planner: chooses the method of each norm.
+        observe: called with each group's index and the upper bounds of its units' norms [U], and the mask of
+            units that count.
+        factors: of an earlier pass over the same batch (one tensor [U] per group): nothing is measured, and each
+            use is summed at once.
+        measure_only: nothing is kept for a sum; `factors()` gives what the sums need.
+    """
+
+    def __init__(
+        self,
+        state: CaptureState,
+        batch: Batch,
+        *,
+        clip: ClipSpec,
+        groups: Groups,
+        sums: list[Tensor],
+        planner: Planner,
+        observe: Callable[[int, Tensor, Tensor], None] | None = None,
+        factors: list[tuple[Tensor, Tensor]] | None = None,
+        measure_only: bool = False,
+    ) -> None:
+        self._state, self._batch, self._layout = state, batch, batch.layout
+        self._clip, self._groups, self._sums, self._planner = clip, groups, sums, planner
+        self._observe, self._given, self._measure_only = observe, factors, measure_only
+        self._norms = Norms()
+        self._waiting: dict[int, list[Item]] = defaultdict(list)
+        device = sums[0].device
+        units = batch.layout.num_units
+        self._states = [
+            _Group(torch.zeros(units, device=device), torch.zeros(units, device=device))
+            for _ in groups.bounds
+        ]
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
+        self.forwards: set[int] = set()
+        self.has_summed = False
+
+    # While the backward pass runs
+
+    def receive(self, kept: Kept, batch: Batch) -> None:
+        """Called in the backward of each captured call."""
+        rows = self._layout.num_rows
+        self.forwards.add(kept.forward)
+        if batch.layout.num_units != self._layout.num_units or batch.scale != self._batch.scale:
+            return  # several forward passes of different batches: refused by name when the pass ends
+        if rows == 0:
+            return
+        if kept.leading % rows:
+            raise UnsupportedOperationError(
+                f"parameter {self._state.name(kept.uses[0][0])!r} in operation {kept.operation!r}: its input has "
+                f"{kept.leading} rows where the batch has {rows}; the first axis must be the batch's (expand "
+                "what all rows share, such as position ids, to one row each)"
+            )
+        for target, found in kept.uses:
+            use: Use
+            if isinstance(found, DiagonalRows):
+                use = DiagonalUse(self._layout.expand(found.rows // rows).sum_rows(found.grads))
+            else:
+                use = found
+            if isinstance(use, DiagonalUse):
+                self._add(self._simplify(target, use, self._layout.units))
+            else:
+                self._add(self._simplify(target, use, self._layout.expand(use.rows // rows)))
+
+    def _simplify(self, target: Target, use: Use, layout: Layout) -> Item:
+        """A use of a computed weight that is no more than a transpose or a choice of rows, as a use of the
+        parameter itself."""
+        if isinstance(target, Derived):
+            if target.transposed is not None and isinstance(use, OuterUse):
+                return target.transposed, OuterUse(use.output_grads, use.activations), layout
+            if target.gathered is not None and isinstance(use, DiagonalUse):
+                position, ids = target.gathered
+                width = self._sums[position].shape[1]
+                grads = use.unit_rows.reshape(-1, width)
+                ids = ids.reshape(-1).long().repeat(layout.num_units)
+                scatter = ScatterUse(ids, grads, len(self._sums[position]))
+                return position, scatter, layout.expand(len(ids) // max(layout.num_units, 1))
+        return target, use, layout
+
+    def _add(self, item: Item) -> None:
+        target = item[0]
+        if self._given is not None:
+            self._sum(item, *self._given[self._group_of(target)], self._group_of(target))
+            return
+        item = (target, self._planner.keep(item[1]), item[2])
+        for position in positions_of(target):
+            if position in self._states[self._groups.of_position[position]].done:
+                raise UnsupportedOperationError(
+                    f"parameter {self._state.name(position)!r} is used again in a backward pass after its norm "
+                    "was taken; run forward and backward once each"
+                )
+        first = min(positions_of(target))
+        self._waiting[first].append(item)
+        waiting = self._waiting[first]
+        is_whole = isinstance(target, int) and all(t == target for t, _, _ in waiting)
+        if is_whole and self._state.expected(first) == len(waiting):
+            self._measure(first)
+            self._finish_if_complete(self._groups.of_position[first])
+
+    def _measure(self, position: int) -> None:
+        """Take the norm of a parameter all of whose uses are there."""
+        items = self._waiting.pop(position)
+        group = self._states[self._groups.of_position[position]]
+        group.done.add(position)
+        if len(items) == 1:
+            target, use, layout = items[0]
+            use, layout = self._planner.prepare(use, layout, self._sums[position].numel())
+            items = [(target, use, layout)]
+        self._add_norms(group, items)
+        if not self._measure_only:
+            group.items += items
+
+    def _finish_if_complete(self, index: int) -> None:
+        """A group of a rule that takes groups one by one is summed as soon as its parameters are all there."""
+        if not self._clip.is_single_pass or self._measure_only:
+            return
+        group = self._states[index]
+        wanted = (p for p, g in enumerate(self._groups.of_position) if g == index)
+        if all(p in group.done or self._state.expected(p) == 0 for p in wanted):
+            self._finish_group(index)
+
+    # At its end
+
+    def finish(self) -> None:
+        """Take the norms that waited, then clip and sum what was not summed yet."""
+        if self._given is not None:
+            return
+        self._measure_rest()
+        for index, group in enumerate(self._states):
+            if not group.is_summed:
+                self._finish_group(index)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """For each group the factors [U] and which units are not finite [U]."""
+        return [self._found[index] for index in range(len(self._states))]
+
+    def _measure_rest(self) -> None:
+        while self._waiting:
+            items = self._connected(next(iter(self._waiting)))
+            groups = {self._groups.of_position[p] for target, _, _ in items for p in positions_of(target)}
+            if len(groups) > 1:
+                names = self._state.name(items[0][0])
+                raise UnsupportedOperationError(
+                    f"parameter {names!r}: it is computed together with parameters of another clipping group; "
+                    "put them into one group"
+                )
+            group = self._states[groups.pop()]
+            group.done.update(p for target, _, _ in items for p in positions_of(target))
+            self._add_norms(group, items)
+            if not self._measure_only:
+                group.items += items
+
+    def _connected(self, first: int) -> list[Item]:
+        """The waiting items that share a parameter with those of `first`, directly or by way of others."""
+        items = self._waiting.pop(first)
+        positions = {p for target, _, _ in items for p in positions_of(target)}
+        changed = True
+        while changed:
+            changed = False
+            for key in list(self._waiting):
+                if any(p in positions for target, _, _ in self._waiting[key] for p in positions_of(target)):
+                    found = self._waiting.pop(key)
+                    positions.update(p for target, _, _ in found for p in positions_of(target))
+                    items, changed = items + found, True
+        return items
+
+    def _add_norms(self, group: _Group, items: list[Item]) -> None:
+        """The squared norm of the uses of one parameter, or of several that are computed together."""
+        row_sums = torch.zeros_like(group.row_bound)
+        for _, use, layout in items:
+            group.longest = max(group.longest, use.longest, layout.num_rows // max(layout.num_units, 1))
+        group.count += len(items)
+        merged = self._merge(items)
+        if merged is None:
+            shapes = [total.shape for total in self._sums]
+            add_mixed_norms(items, shapes, self._layout.num_units, group.sq_norms, row_sums, self._norms)
+        else:
+            for use, layout in merged:
+                use.add_norms(group.sq_norms, row_sums, layout, self._norms)
+            if len(merged) == 2 and len(items) > 1 and isinstance(items[0][0], int):
+                (outer, outer_layout), (scatter, scatter_layout) = merged
+                assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
+                add_cross_term(outer, outer_layout, scatter, scatter_layout, group.sq_norms)
+        group.row_bound.addcmul_(row_sums, row_sums)
+
+    def _merge(self, items: list[Item]) -> list[tuple[Use, Layout]] | None:
+        """One use per family (the outer family first) whose norms add up, or None where only the gradients
+        themselves tell."""
+        if len(items) == 1 and isinstance(items[0][0], int | Part | Span):
+            return [items[0][1:]]
+        if self._are_disjoint([target for target, _, _ in items]):
+            return [item[1:] for item in items]
+        if not all(isinstance(target, int) for target, _, _ in items):
+            return None
+        families: dict[type[Use], list[tuple[Use, Layout]]] = defaultdict(list)
+        for _, use, layout in items:
+            families[type(use)].append((use, layout))
+        kinds = set(families)
+        if not (kinds == {OuterUse, ScatterUse} or kinds in ({OuterUse}, {ScatterUse}, {DiagonalUse})):
+            return None
+        if OuterUse in kinds and len({u.activations.shape[1] for u, _ in families[OuterUse]}) > 1:
+            return None
+        merged = [merge_uses([u for u, _ in group], [x for _, x in group]) for group in families.values()]
+        return sorted(merged, key=lambda item: not isinstance(item[0], OuterUse))
+
+    def _are_disjoint(self, targets: list[Target]) -> bool:
+        """Whether they are parts of one parameter that do not overlap."""
+        ranges = []
+        for target in targets:
+            if not isinstance(target, Part | Span) or target.position != positions_of(targets[0])[0]:
+                return False
+            ranges.append(flat_range(target, self._sums[target.position].shape))
+        ranges.sort()
+        return all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+
+    def _finish_group(self, index: int) -> None:
+        group = self._states[index]
+        group.is_summed = True
+        factors, norms, counts = clip_factors(
+            group.sq_norms,
+            self._clip,
+            bound=self._groups.bounds[index],
+            slack=rounding_slack(group.longest, group.count),
+            row_bound=group.row_bound,
+            scale=self._batch.scale,
+            unit_mask=self._batch.unit_mask,
+        )
+        is_bad = ~torch.isfinite(group.sq_norms)
+        self._found[index] = (factors, is_bad)
+        if self._observe is not None:
+            self._observe(index, norms, counts)
+        for item in group.items:
+            self._sum(item, factors, is_bad, index)
+        group.items = []
+
+    def _sum(self, item: Item, factors: Tensor, is_bad: Tensor, index: int) -> None:
+        """Add the weighted sum of one use to its parameter's."""
+        self.has_summed = True
+        target, use, layout = item
+        key = (index, id(layout))
+        if key not in self._weights:
+            weights = Weights(layout.to_rows(factors), layout.to_rows(is_bad), self._state.workspace)
+            self._weights[key] = (layout, weights)
+        weights = self._weights[key][1]
+        if isinstance(target, Derived):
+            add_derived_sum(target, use, weights, self._sums)
+        elif isinstance(target, Part | Span):
+            start, stop = flat_range(target, self._sums[target.position].shape)
+            use.add_weighted_sum(weights, self._sums[target.position].view(-1)[start:stop])
+        else:
+            use.add_weighted_sum(weights, self._sums[target])
+
+    def _group_of(self, target: Target) -> int:
+        return self._groups.of_position[min(positions_of(target))]
+
+    def check_finished(self) -> None:
+        """`PrivacyError` if something measured was not summed; a guard on this class itself."""
+        if self._waiting or any(group.items for group in self._states):
+            raise PrivacyError("a captured use was neither summed nor refused; nothing is released")

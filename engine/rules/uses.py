@@ -1,0 +1,377 @@
+"""What a captured call keeps for a parameter: a use, of one of the families of per-unit gradients.
+
+All uses of a parameter are rows of the same segments. A use can add up its units' squared norms without forming
+their gradients, add the weighted sum of all rows to a buffer in one product, and, where nothing cheaper is exact,
+form the gradients of a few units (`unit_grads`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from synthward.engine.capture import CaptureState
+from synthward.engine.layout import Layout
+from synthward.engine.provenance import Part as Part
+from synthward.engine.scratch import Workspace
+from synthward.kernels import (
+    diagonal_weighted_sum,
+    outer_sq_norms,
+    scatter_sq_norms,
+    scatter_weighted_sum,
+)
+
+# Up to so many rows a unit, the Gram matrices of its rows are the cheapest exact norm.
+_GRAM_ROWS = 32
+
+
+class Norms:
+    """Norms of rows and Gram matrices of units, each computed once per kept tensor and backward pass."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._grams: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """L2 norm of each row of `rows` [N, p], float32 [N]."""
+        if id(rows) not in self._rows:
+            self._rows[id(rows)] = (rows, torch.linalg.vector_norm(rows, dim=1))
+        return self._rows[id(rows)][1]
+
+    def grams(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Products of all pairs of rows of each unit, float32 [U, K, K]."""
+        if id(rows) not in self._grams:
+            units = rows.view(layout.num_units, layout.rows_per_unit or 1, rows.shape[1])
+            self._grams[id(rows)] = (rows, torch.bmm(units, units.transpose(1, 2)))
+        return self._grams[id(rows)][1]
+
+
+def _by_gram(layout: Layout) -> bool:
+    return layout.rows_per_unit is not None and layout.rows_per_unit <= _GRAM_ROWS
+
+
+def _diagonal_norms(grams: Tensor) -> Tensor:
+    return grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+
+
+class Weights:
+    """Weight of each row in the released sum, and the rows that must not enter a product.
+
+    A unit whose norm is not finite has weight zero, but 0 * inf is NaN in a product: its rows are set to zero in
+    what was kept, so that the rows of finite units are not even read. Tensors that may be the caller's own are
+    left as they are; their scaled copy is cleaned.
+
+    Args:
+        rows: float32 [N].
+        is_bad: bool [N], rows of units that are not finite.
+        workspace: gives a scratch tensor of a shape.
+    """
+
+    def __init__(self, rows: Tensor, is_bad: Tensor, workspace: Workspace) -> None:
+        self.rows, self._workspace = rows, workspace
+        # By index where looking costs nothing; on an accelerator that would wait for it.
+        self._is_bad = is_bad
+        self._bad = is_bad.nonzero().squeeze(1) if is_bad.device.type == "cpu" else None
+
+    def clean_(self, kept: Tensor) -> None:
+        """Zero the rows of non-finite units in `kept` [N, ...], in place. By `.data`: a graph that is kept must
+        not count this as an edit, since no finite unit's value changes."""
+        if self._bad is None:
+            kept.data.masked_fill_(self._is_bad.view(-1, *[1] * (kept.dim() - 1)), 0.0)
+        elif len(self._bad):
+            kept.data.index_fill_(0, self._bad, 0.0)
+
+    def scale(self, kept: Tensor) -> Tensor:
+        """``w_n * kept_n`` [N, ...] in scratch memory, zero for non-finite units; valid until the next call."""
+        shape = (-1, *[1] * (kept.dim() - 1))
+        scaled = torch.mul(kept, self.rows.view(shape), out=self._workspace(kept.shape))
+        self.clean_(scaled)
+        return scaled
+
+
+class Use(Protocol):
+    """What the engine asks of a use."""
+
+    @property
+    def rows(self) -> int:
+        """Rows N of the call; a multiple of the length of its first axis."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest inner product behind a norm, for the bound on its rounding."""
+
+    @property
+    def evidence(self) -> Tensor:
+        """Output gradients [N, ...], for the independence probe."""
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        """Add each unit's squared norm to `sq_norms` [U], and to `row_sums` [U] the sum over its rows of the
+        norms of the rows' own gradients (or an upper bound of it)."""
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        """Add the weighted sum over all rows to `out`, the parameter's sum in its own shape."""
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        """Gradients of units ``first:last``, float32 [last - first, numel]."""
+
+
+@dataclass(frozen=True)
+class OuterUse:
+    """Gradient ``sum_n g_n a_n^T`` [p, d]: activations [N, d], output_grads [N, p].
+
+    `is_shared`: the activations may be memory that the caller goes on using (a batch of records).
+    """
+
+    activations: Tensor
+    output_grads: Tensor
+    is_shared: bool = True
+
+    @property
+    def rows(self) -> int:
+        return len(self.activations)
+
+    @property
+    def longest(self) -> int:
+        return max(self.activations.shape[1], self.output_grads.shape[1])
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.output_grads
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        a, g = self.activations, self.output_grads
+        if layout.is_single:
+            norm = norms.rows(a) * norms.rows(g)
+            sq_norms.addcmul_(norm, norm)
+            row_sums += norm
+        elif _by_gram(layout):
+            grams_a, grams_g = norms.grams(a, layout), norms.grams(g, layout)
+            sq_norms += (grams_a * grams_g).sum((1, 2))
+            row_sums += (_diagonal_norms(grams_a) * _diagonal_norms(grams_g)).sum(1)
+        else:
+            outer_sq_norms(layout.sort_rows(a), layout.sort_rows(g), layout.offsets, out=sq_norms)
+            row_sums += layout.sum_rows(norms.rows(a) * norms.rows(g))
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        a, g = self.activations, self.output_grads
+        out = out.view(g.shape[1], a.shape[1])
+        weights.clean_(g)
+        if self.is_shared or a.shape[1] < g.shape[1]:
+            out.addmm_(g.t(), weights.scale(a))
+        else:
+            weights.clean_(a)
+            out.addmm_(weights.scale(g).t(), a)
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        a, g = (
+            layout.unit_rows(self.activations, first, last),
+            layout.unit_rows(self.output_grads, first, last),
+        )
+        return torch.bmm(g.mT, a).flatten(1)
+
+    def reorder(self, index: Tensor) -> OuterUse:
+        return OuterUse(self.activations.index_select(0, index), self.output_grads.index_select(0, index))
+
+    @staticmethod
+    def concatenate(uses: Sequence[OuterUse]) -> OuterUse:
+        return OuterUse(torch.cat([u.activations for u in uses]), torch.cat([u.output_grads for u in uses]))
+
+
+@dataclass(frozen=True)
+class BlockOuterUse:
+    """An outer product for each block of a parameter [G, p, d]: activations [G, N, d], output_grads [G, N, p]."""
+
+    activations: Tensor
+    output_grads: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.activations.shape[1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.activations.shape[2], self.output_grads.shape[2])
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.output_grads.transpose(0, 1)
+
+    def _blocks(self) -> list[OuterUse]:
+        return [OuterUse(a, g) for a, g in zip(self.activations, self.output_grads, strict=True)]
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        for block in self._blocks():
+            block.add_norms(sq_norms, row_sums, layout, norms)
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        blocks = self._blocks()
+        parts = out.view(len(blocks), self.output_grads.shape[2], self.activations.shape[2])
+        for block, part in zip(blocks, parts, strict=True):
+            block.add_weighted_sum(weights, part)
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        return torch.cat([block.unit_grads(layout, first, last) for block in self._blocks()], dim=1)
+
+
+@dataclass(frozen=True)
+class DiagonalUse:
+    """Gradient ``sum_n r_n`` [p] of rows [N, p]: output gradients (a bias), or these times a factor (a scale).
+
+    Its rows are added up unit by unit before anything else, so that norm and released sum are of the same tensor:
+    what cancels inside a unit is gone before it is measured. unit_rows [U, p].
+    """
+
+    unit_rows: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.unit_rows)
+
+    @property
+    def longest(self) -> int:
+        return self.unit_rows.shape[1]
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.unit_rows
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        norm = norms.rows(self.unit_rows)
+        sq_norms.addcmul_(norm, norm)
+        row_sums += norm
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        weights.clean_(self.unit_rows)
+        diagonal_weighted_sum(self.unit_rows, weights.rows, out=out.view(-1))
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        return self.unit_rows[first:last]
+
+    @staticmethod
+    def add(uses: Sequence[DiagonalUse]) -> DiagonalUse:
+        """Several uses of one parameter as one."""
+        total = uses[0].unit_rows
+        for use in uses[1:]:
+            total = total + use.unit_rows
+        return DiagonalUse(total)
+
+
+@dataclass(frozen=True)
+class DiagonalRows:
+    """A diagonal use whose rows [N, p] wait for the layout of their call."""
+
+    grads: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.grads)
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.grads
+
+
+@dataclass(frozen=True)
+class ScatterUse:
+    """Gradient that adds ``output_grads`` [N, p] at table rows ``ids`` [N]; a negative id is padding.
+
+    num_rows: rows of the table.
+    """
+
+    ids: Tensor
+    output_grads: Tensor
+    num_rows: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        return self.output_grads.shape[1]
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.output_grads
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        ids, grads = layout.sort_rows(self.ids), layout.sort_rows(self.output_grads)
+        scatter_sq_norms(ids, grads, layout.offsets, out=sq_norms)
+        row_sums += layout.sum_rows(norms.rows(self.output_grads))
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        weights.clean_(self.output_grads)
+        scatter_weighted_sum(self.ids, self.output_grads, weights.rows, out=out.view(-1, self.longest))
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        grads = layout.unit_rows(self.output_grads, first, last)
+        # Padding goes to an extra row of the table that is cut off.
+        ids = layout.unit_rows(self.ids, first, last, fill=-1)
+        ids = torch.where(ids < 0, self.num_rows, ids)
+        units, width = len(grads), grads.shape[2]
+        table = grads.new_zeros(units, self.num_rows + 1, width)
+        table.scatter_add_(1, ids.unsqueeze(2).expand_as(grads), grads)
+        return table[:, :-1].reshape(units, -1)
+
+    def reorder(self, index: Tensor) -> ScatterUse:
+        return ScatterUse(
+            self.ids.index_select(0, index), self.output_grads.index_select(0, index), self.num_rows
+        )
+
+    @staticmethod
+    def concatenate(uses: Sequence[ScatterUse]) -> ScatterUse:
+        ids, grads = torch.cat([u.ids for u in uses]), torch.cat([u.output_grads for u in uses])
+        return ScatterUse(ids, grads, uses[0].num_rows)
+
+
+def diagonal_use(
+    state: CaptureState, rows: Tensor, leading: int, forward: int, row_factors: Tensor | None = None
+) -> DiagonalUse | DiagonalRows:
+    """Rows [N, p] (times factors [N]) of a captured call, added up per unit if the units are known."""
+    layout = state.call_layout(len(rows), leading, forward)
+    if layout is not None:
+        return DiagonalUse(layout.sum_rows(rows, row_factors))
+    return DiagonalRows(rows if row_factors is None else rows * row_factors.unsqueeze(1))
+
+
+def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Layout]:
+    """Uses of one parameter, all of one type (outer, diagonal or scatter), as one use with rows unit by unit;
+    `layouts` are the calls'."""
+    if len(uses) == 1:
+        return uses[0], layouts[0]
+    if isinstance(uses[0], DiagonalUse):
+        # What is released is the weighted sum of the parts; a clipped sum of sums is the same to rounding.
+        return DiagonalUse.add([u for u in uses if isinstance(u, DiagonalUse)]), layouts[0]
+    units = torch.cat([layout.row_units for layout in layouts])
+    index = torch.argsort(units, stable=True)
+    merged: Use = type(uses[0]).concatenate(uses).reorder(index)  # type: ignore[attr-defined]
+    if all(layout.rows_per_unit is not None for layout in layouts):
+        each = sum(layout.rows_per_unit or 0 for layout in layouts)
+        return merged, Layout.uniform(layouts[0].num_units, each, units.device)
+    offsets = torch.zeros(layouts[0].num_units + 1, dtype=torch.int64, device=units.device)
+    torch.cumsum(torch.bincount(units, minlength=layouts[0].num_units), 0, out=offsets[1:])
+    return merged, Layout(layouts[0].num_units, len(units), offsets)
+
+
+def add_cross_term(
+    outer: OuterUse, outer_layout: Layout, scatter: ScatterUse, scatter_layout: Layout, out: Tensor
+) -> None:
+    """Add ``2 <G_outer, G_scatter>`` of each unit to `out` [U], for a table [p, d] that is also looked up.
+
+    ``<G_outer, G_scatter> = sum_{n, m} g_n[id_m] (a_n . e_m)`` over the unit's rows n of the product and m of the
+    look-up: the one term that a sum of two norms lacks.
+    """
+    units = outer_layout.num_units
+    g, a = (
+        outer_layout.unit_rows(outer.output_grads, 0, units),
+        outer_layout.unit_rows(outer.activations, 0, units),
+    )
+    e = scatter_layout.unit_rows(scatter.output_grads, 0, units)
+    ids = scatter_layout.unit_rows(scatter.ids, 0, units, fill=-1)
+    picked = torch.gather(g, 2, ids.clamp_min(0).unsqueeze(1).expand(-1, g.shape[1], -1))
+    picked = torch.where((ids >= 0).unsqueeze(1), picked, torch.zeros_like(picked))
+    out.add_((picked * torch.bmm(a, e.transpose(1, 2))).sum((1, 2)), alpha=2.0)
