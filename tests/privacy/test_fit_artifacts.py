@@ -333,3 +333,34 @@ def test_two_fits_of_the_same_records_differ(tmp_path):
     assert models[0] != models[1]
     ids = [find_key(documents(tmp_path / name), "key_id") for name in ("a", "b")]
     assert ids[0] != ids[1]
+
+
+def test_a_fit_killed_between_paying_and_keeping_its_histograms_pays_again(tmp_path, monkeypatch):
+    """Both charges stay, the steps get more noise for it, and the whole still fits the budget."""
+    from synthward.engine import Ledger
+    from synthward.run import FitOptions, RunFolder, fit_run
+    from synthward.schema import load_schema
+
+    data = write_csv(tmp_path / "data.csv", table(60, 90))
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    schema, out = load_schema(tmp_path / "schema.toml"), tmp_path / "run"
+    settings = {"epsilon": 3.0, "delta": 1e-5, "out": out}
+    settings["options"] = FitOptions(accountant=ACCOUNTANT, steps=3, holdout=0.0)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "save_encoder", killed)
+        fit_run(data, schema, **settings)
+    planned = RunFolder(out).info["noise_multiplier"]
+    with monkeypatch.context() as patch:
+        recorder = Recorder().install(patch)
+        fit_run(data, schema, **settings, resume=True)
+    with Ledger.open(out / "ledger.jsonl") as ledger:
+        events = ledger.events()
+        assert ledger.epsilon(1e-5, ACCOUNTANT) <= 3.0
+    paid = sum(event.count for event in events if not hasattr(event, "steps"))
+    assert len(recorder.questions) == 1 and paid == 2
+    noise = {event.noise_multiplier for event in events if hasattr(event, "steps")}
+    assert noise == {RunFolder(out).info["noise_multiplier"]} and noise.pop() > planned

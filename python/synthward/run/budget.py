@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from synthward.engine.accounting import GaussianEvent, calibrate_noise, epsilon_of
+from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise, epsilon_of
 from synthward.engine.errors import ConfigError
 
 # Share of epsilon that the histogram query would cost by itself; composed with the steps it costs far less.
@@ -30,22 +30,39 @@ class Budget:
     noise_multiplier: float
 
 
-def plan_budget(epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int) -> Budget:
-    """Calibrate the query's noise to its share, then the steps' noise to what the whole may cost."""
+def plan_budget(
+    epsilon: float,
+    delta: float,
+    accountant: str,
+    sample_rate: float,
+    steps: int,
+    *,
+    lost: tuple[Event, ...] = (),
+) -> Budget:
+    """Calibrate the query's noise to its share, then the steps' noise to what the whole may cost.
+
+    `lost` are charges whose answers were never kept (the run was killed in between); they stay charged, and the
+    steps get more noise for it. How many there are says nothing of any answer.
+    """
     if not 0.0 < epsilon < float("inf"):
         raise ConfigError(f"epsilon: got {epsilon}; give a positive finite number, for example 3")
     if not 0.0 < delta < 1.0:
         raise ConfigError(f"delta: got {delta}; give a number between 0 and 1, well below 1 / patients")
     if steps < 1:
         raise ConfigError(f"steps: got {steps}; give a whole number of at least 1")
-    return _plan(float(epsilon), float(delta), accountant, float(sample_rate), int(steps))
+    return _plan(float(epsilon), float(delta), accountant, float(sample_rate), int(steps), lost)
 
 
 @lru_cache(maxsize=32)
-def _plan(epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int) -> Budget:
+def _plan(
+    epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int, lost: tuple[Event, ...]
+) -> Budget:
     query = calibrate_noise(QUERY_SHARE * epsilon, delta, 1.0, 1, accountant)
-    event = GaussianEvent(noise_multiplier=query, count=1)
-    noise = calibrate_noise(epsilon, delta, sample_rate, steps, accountant, other_events=(event,))
-    if epsilon_of([event], delta, accountant) > epsilon:
-        raise ConfigError(f"epsilon: {epsilon} is too small for any query at delta {delta}")
+    charged = (*lost, GaussianEvent(noise_multiplier=query, count=1))
+    if epsilon_of(charged, delta, accountant) > epsilon:
+        again = f", {len(lost)} of which were paid for and lost; start a new run" if lost else ""
+        raise ConfigError(
+            f"epsilon: {epsilon} is too small for {len(charged)} query(s) at delta {delta}{again}"
+        )
+    noise = calibrate_noise(epsilon, delta, sample_rate, steps, accountant, other_events=charged)
     return Budget(epsilon, delta, accountant, sample_rate, steps, query, noise)

@@ -15,7 +15,7 @@ import numpy as np
 from synthward.data import Records, read_records, split_records
 from synthward.encoding import TableEncoder
 from synthward.engine import KeySchedule, Ledger, PrivacyPlan, QueryMechanism
-from synthward.engine.accounting import PoissonGaussianEvent
+from synthward.engine.accounting import Event, PoissonGaussianEvent
 from synthward.engine.errors import CheckpointError, ConfigError, OutputError
 from synthward.generators.registry import make_settings
 from synthward.progress import NullProgress, Progress
@@ -148,11 +148,11 @@ def _run(
     *,
     resumed: bool = False,
 ) -> RunFolder:
-    info = folder.info
     with ledger:
         if resumed:
             ledger.add_key(keys.key_id, private=keys.is_private)
         encoder = _fit_encoder(folder, train, keys, ledger)
+        info = folder.info
         expected = max(info["sample_rate"] * encoder.units, 1.0)
         plan = PrivacyPlan(
             sample_rate=info["sample_rate"],
@@ -171,14 +171,26 @@ def _fit_encoder(folder: RunFolder, train: Records, keys: KeySchedule, ledger: L
     """The run's encoder: loaded if it was paid for before, else learned by the charged query."""
     if (folder.path / ENCODER_FILE).is_file():
         return folder.load_encoder()
-    if any(not isinstance(event, PoissonGaussianEvent) for event in ledger.events()):
+    lost = ledger.events()
+    if any(isinstance(event, PoissonGaussianEvent) for event in lost):
         raise CheckpointError(
-            f"{folder.path}: was killed between paying for its histograms and keeping them; start a new run"
+            f"{folder.path}: has been trained, but its {ENCODER_FILE} is missing; put it back, or start a new run"
         )
+    if lost:
+        _plan_again(folder, tuple(lost))
     queries = QueryMechanism(ledger, keys)
     encoder = TableEncoder.fit(train, queries, folder.info["query_noise_multiplier"])
     folder.save_encoder(encoder)
     return encoder
+
+
+def _plan_again(folder: RunFolder, lost: tuple[Event, ...]) -> None:
+    """Killed between paying for the histograms and keeping them: pay again, out of the steps' share."""
+    info = folder.info
+    budget = plan_budget(
+        info["epsilon"], info["delta"], info["accountant"], info["sample_rate"], info["steps"], lost=lost
+    )
+    folder.update(noise_multiplier=budget.noise_multiplier)
 
 
 def _read_training_records(
