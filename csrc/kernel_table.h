@@ -50,6 +50,19 @@ struct KernelTable {
                                 int64_t from, int64_t to, float* out);
   void (*scatter_weighted_sum)(const int64_t* ids, const float* g, const float* weights, int64_t n, int64_t p,
                                int64_t from, int64_t to, float* out);
+  // Dense products of a unit's rows (core/gemm.inl). Each thread brings scratch memory of as many floats as the
+  // function before says; `grads` may be null.
+  int64_t (*gram_scratch)(int64_t longest);
+  void (*gram_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
+                     int64_t p, float* out, float* row_sums, float* scratch);
+  int64_t (*tile_scratch)(int64_t d, int64_t p);
+  void (*tile_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
+                     int64_t p, float* out, float* row_sums, float* grads, float* scratch);
+  void (*rank1_norms)(const float* a, const float* g, int64_t from, int64_t to, int64_t d, int64_t p, float* out,
+                      float* row_sums, float* bias_out);
+  void (*outer_sum_layout)(int64_t n, int64_t d, int64_t p, int64_t* pieces, int64_t* splits, int64_t* scratch);
+  void (*outer_sum)(const float* a, const float* g, const float* weights, int64_t n, int64_t d, int64_t p,
+                    int64_t index, float* out, float* partial, float* scratch);
 };
 
 const int64_t kLongestGram = 64;

@@ -80,6 +80,8 @@ class CaptureState:
         self.mode: CaptureMode | None = None
         # Length of the first axis of the first data seen in this forward pass: most likely the batch's.
         self.rows_hint: int | None = None
+        # Bytes that the captured calls of this forward pass gave: a lower bound of what a plain step keeps.
+        self.forward_bytes = 0
         self.start_pass: Callable[[Batch], Contributions] | None = None
         self._pass: Contributions | None = None
         self._probed: list[Kept] | None = None
@@ -315,7 +317,10 @@ class CaptureMode(TorchFunctionMode):
             return self._compute_weight(func, args, kwargs, tracked)
         handler = self._handlers.get(func)
         if handler is not None:
-            return handler(state, *args, **kwargs)
+            out = handler(state, *args, **kwargs)
+            if isinstance(out, Tensor):
+                state.forward_bytes += out.nbytes
+            return out
         out = func(*args, **kwargs)
         if _carries_gradient(func, out) or any(known.target(t) is not None for t in tracked):
             name = _name(func)

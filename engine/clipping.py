@@ -10,15 +10,21 @@ from synthward.engine.spec import ClipSpec
 UNIT_ROUNDOFF = 2.0**-24
 
 
-def rounding_slack(longest: int, uses: int) -> float:
-    """Bound gamma on the relative rounding error of a unit's squared norm.
+def product_error(chain: int, row_sums: Tensor) -> Tensor:
+    """Bound on the error of squared norms [U] taken as sums of products of two inner products.
 
-    A sum of n products in fp32, added in any order, is off by at most n u of the sum of magnitudes (Higham
-    2002, section 3.1). Two inner sums of at most `longest` terms are multiplied (activations, output
-    gradients), `uses` such terms are added, and a few single roundings follow, those of the clipped
-    contribution itself included.
+    An inner product whose terms go through at most `chain` additions is off by at most chain u of the product of
+    the norms (Higham 2002, section 3.1); over all pairs of a unit's rows these add up to the square of
+    `row_sums` [U], the sum of the norms of its rows' own gradients.
     """
-    return (2 * longest + uses + 16) * UNIT_ROUNDOFF
+    return (2 * chain + 4) * UNIT_ROUNDOFF * row_sums.square()
+
+
+def formed_error(chain: int, sq_norms: Tensor, row_sums: Tensor) -> Tensor:
+    """The same for squared norms [U] of gradients that were formed, as sums over the rows: the gradient is off by
+    at most chain u of `row_sums` [U]."""
+    off = (chain + 2) * UNIT_ROUNDOFF * row_sums
+    return 2.0 * off * sq_norms.clamp_min(0.0).sqrt() + off.square()
 
 
 def clip_factors(
@@ -26,8 +32,8 @@ def clip_factors(
     clip: ClipSpec,
     *,
     bound: float,
-    slack: float,
-    row_bound: Tensor,
+    error: Tensor | float = 0.0,
+    parameters: int = 1,
     scale: float = 1.0,
     unit_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,18 +46,15 @@ def clip_factors(
         sample_sq_norm: float32 [U], squared norms of the units' gradients before ``scale``.
         clip: the rule.
         bound: C of this clipping group.
-        slack: `rounding_slack` of the norms.
-        row_bound: float32 [U]: sum over parameters of the squared sum of the norms of a unit's
-            rows. Where rows of one unit cancel, the rounding error of the squared norm is relative to this,
-            not to the norm.
+        error: float32 [U], bound on the error of ``sample_sq_norm`` (`product_error`, `formed_error`).
+        parameters: how many squared norms were added up, each rounded to fp32.
         scale: what the gradients are multiplied by before they are clipped (undoes a mean over rows).
         unit_mask: bool [U] or None; a masked unit (False) gets 0.
 
     Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding of the norm included; a
         unit whose norm is NaN or infinite gets exactly 0. No branch on the data, no synchronisation.
     """
-    upper = sample_sq_norm * (1.0 + slack)
-    upper = upper.add(row_bound, alpha=slack)
+    upper = (sample_sq_norm + error) * (1.0 + (2 * parameters + 16) * UNIT_ROUNDOFF)
     norm = upper.clamp_min(0.0).sqrt().mul_(scale * (1.0 + 8 * UNIT_ROUNDOFF))
     if clip.clipping == "automatic":
         factor = (bound * scale) / (norm + clip.gamma)

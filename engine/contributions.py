@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from synthward.engine.capture import Batch, CaptureState, Kept, positions_of
-from synthward.engine.clipping import clip_factors, rounding_slack
+from synthward.engine.clipping import clip_factors, formed_error, product_error
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
 from synthward.engine.layout import Layout
 from synthward.engine.planner import Planner
@@ -53,10 +53,9 @@ class _Group:
     """What is known of one clipping group in this pass."""
 
     sq_norms: Tensor
-    row_bound: Tensor
+    error: Tensor
     items: list[Item] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
-    longest: int = 1
     count: int = 0
     is_summed: bool = False
 
@@ -99,13 +98,14 @@ class Contributions:
         device = sums[0].device
         units = batch.layout.num_units
         self._states = [
-            _Group(torch.zeros(units, device=device), torch.zeros(units, device=device))
+            _Group(torch.zeros(units, device=device), error=torch.zeros(units, device=device))
             for _ in groups.bounds
         ]
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
         self.forwards: set[int] = set()
         self.has_summed = False
+        planner.begin(state.forward_bytes)
 
     # While the backward pass runs
 
@@ -176,7 +176,7 @@ class Contributions:
         group.done.add(position)
         if len(items) == 1:
             target, use, layout = items[0]
-            use, layout = self._planner.prepare(use, layout, self._sums[position].numel())
+            use, layout = self._planner.prepare(use, layout, position, may_keep=not self._measure_only)
             items = [(target, use, layout)]
         self._add_norms(group, items)
         if not self._measure_only:
@@ -238,22 +238,46 @@ class Contributions:
 
     def _add_norms(self, group: _Group, items: list[Item]) -> None:
         """The squared norm of the uses of one parameter, or of several that are computed together."""
-        row_sums = torch.zeros_like(group.row_bound)
-        for _, use, layout in items:
-            group.longest = max(group.longest, use.longest, layout.num_rows // max(layout.num_units, 1))
+        sq_norms, row_sums = torch.zeros_like(group.sq_norms), torch.zeros_like(group.error)
         group.count += len(items)
         merged = self._merge(items)
         if merged is None:
             shapes = [total.shape for total in self._sums]
-            add_mixed_norms(items, shapes, self._layout.num_units, group.sq_norms, row_sums, self._norms)
+            chain = add_mixed_norms(
+                items,
+                shapes,
+                self._layout.num_units,
+                sq_norms,
+                row_sums,
+                self._norms,
+                self._planner.chunk_bytes,
+            )
+            error = product_error(chain, row_sums)
+        elif len(merged) == 1:
+            use, layout = merged[0]
+            use.add_norms(sq_norms, row_sums, layout, self._norms)
+            chain = use.chain(layout)
+            is_formed = getattr(use, "is_formed", False)
+            error = formed_error(chain, sq_norms, row_sums) if is_formed else product_error(chain, row_sums)
         else:
-            for use, layout in merged:
-                use.add_norms(group.sq_norms, row_sums, layout, self._norms)
-            if len(merged) == 2 and len(items) > 1 and isinstance(items[0][0], int):
-                (outer, outer_layout), (scatter, scatter_layout) = merged
-                assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
-                add_cross_term(outer, outer_layout, scatter, scatter_layout, group.sq_norms)
-        group.row_bound.addcmul_(row_sums, row_sums)
+            error = self._add_several(merged, items, sq_norms, row_sums)
+        group.sq_norms += sq_norms
+        group.error += error
+
+    def _add_several(
+        self, merged: list[tuple[Use, Layout]], items: list[Item], sq_norms: Tensor, row_sums: Tensor
+    ) -> Tensor:
+        """Norms of uses that add up, with the cross term of a table that is also a linear layer's weight."""
+        for use, layout in merged:
+            use.add_norms(sq_norms, row_sums, layout, self._norms)
+        chain = max(use.chain(layout) for use, layout in merged)
+        if len(merged) == 2 and isinstance(items[0][0], int):
+            (outer, outer_layout), (scatter, scatter_layout) = merged
+            assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
+            add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
+            width = outer.activations.shape[1]
+            chain = max(chain, width) + outer_layout.num_rows // max(outer_layout.num_units, 1)
+        return product_error(chain, row_sums)
 
     def _merge(self, items: list[Item]) -> list[tuple[Use, Layout]] | None:
         """One use per family (the outer family first) whose norms add up, or None where only the gradients
@@ -292,8 +316,8 @@ class Contributions:
             group.sq_norms,
             self._clip,
             bound=self._groups.bounds[index],
-            slack=rounding_slack(group.longest, group.count),
-            row_bound=group.row_bound,
+            error=group.error,
+            parameters=group.count,
             scale=self._batch.scale,
             unit_mask=self._batch.unit_mask,
         )
@@ -304,6 +328,7 @@ class Contributions:
         for item in group.items:
             self._sum(item, factors, is_bad, index)
         group.items = []
+        self._planner.free()
 
     def _sum(self, item: Item, factors: Tensor, is_bad: Tensor, index: int) -> None:
         """Add the weighted sum of one use to its parameter's."""
@@ -311,7 +336,7 @@ class Contributions:
         target, use, layout = item
         key = (index, id(layout))
         if key not in self._weights:
-            weights = Weights(layout.to_rows(factors), layout.to_rows(is_bad), self._state.workspace)
+            weights = Weights(layout.to_rows(factors))
             self._weights[key] = (layout, weights)
         weights = self._weights[key][1]
         if isinstance(target, Derived):

@@ -98,6 +98,15 @@ class Layout:
         return self.rows_per_unit == 1
 
     @property
+    def longest(self) -> int:
+        """Most rows of one unit (all rows, where looking would wait for the device)."""
+        if self.rows_per_unit is not None:
+            return self.rows_per_unit
+        if self.offsets is None or self.offsets.device.type != "cpu" or self.num_units == 0:
+            return self.num_rows
+        return int(self.offsets.diff().max())
+
+    @property
     def row_units(self) -> Tensor:
         """Unit of each row in the batch's own order, int64 [num_rows]."""
         if self._row_units is None:

@@ -59,7 +59,7 @@ class DPStep:
         self.flat = FlatParameters(module, optimizer)
         self.updater = make_updater(self.flat, optimizer)
         names = [span.name for span in self.flat]
-        self.planner = Planner(perf or PerfSpec(), names)
+        self.planner = Planner(perf or PerfSpec(), names, len(self.flat.data))
         self.groups = make_groups(clip, names)
         self.quantile = Quantile(clip, noise, expected_batch_size) if clip.clipping == "adaptive" else None
         self.state = CaptureState([span.parameter for span in self.flat], names)
@@ -75,7 +75,7 @@ class DPStep:
         self.flat.check_unchanged(allow_frozen=True)
         check_modules(self.module)
         self.state.forward += 1
-        self.state.rows_hint = None
+        self.state.rows_hint, self.state.forward_bytes = None, 0
         self.state.provenance.begin(self.module)
         assert self.state.mode is not None
         try:

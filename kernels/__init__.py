@@ -16,6 +16,11 @@ from synthward.kernels.noise import gaussian_noise as gaussian_noise
 from synthward.kernels.outer import outer_sq_norms as outer_sq_norms
 from synthward.kernels.outer import outer_weighted_sum as outer_weighted_sum
 from synthward.kernels.outer import scale_rows as scale_rows
+from synthward.kernels.outer.dense import outer_norms as outer_norms
+from synthward.kernels.outer.dense import outer_sum as outer_sum
+from synthward.kernels.outer.dense import outer_unit_grads as outer_unit_grads
+from synthward.kernels.outer.dense import rank1_norms as rank1_norms
+from synthward.kernels.outer.dense import sum_chain as sum_chain
 from synthward.kernels.scatter import scatter_sq_norms as scatter_sq_norms
 from synthward.kernels.scatter import scatter_weighted_sum as scatter_weighted_sum
 from synthward.kernels.update import noisy_adam_ as noisy_adam_

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/array_view.h"
+#include "bindings/dense.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -308,6 +309,8 @@ void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buff
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace synthward;
   using py::arg;
+  watch_forks();
+  bind_dense(m);
   m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";
   m.def("outer_sq_norms", &outer_sq_norms, arg("activations").noconvert(), arg("output_grads").noconvert(),
         arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));

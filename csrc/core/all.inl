@@ -16,6 +16,7 @@ namespace SYNTHWARD_ISA {
 #include "core/chacha.inl"
 #include "core/gaussian.inl"
 #include "core/norms.inl"
+#include "core/gemm.inl"
 #include "core/sums.inl"
 #include "core/update.inl"
 
@@ -23,6 +24,7 @@ extern const KernelTable table;
 const KernelTable table = {
     SYNTHWARD_ISA_NAME, chacha_blocks16,  gaussian,   add_gaussian,          adam, sgd, outer_sq_norms,
     diagonal_sq_norms,  scatter_sq_norms, scale_rows, diagonal_weighted_sum, scatter_weighted_sum,
+    gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
 };
 
 }  // namespace SYNTHWARD_ISA

@@ -13,9 +13,6 @@ from synthward.engine.layout import Layout
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.uses import Norms, Use, Weights
 
-# Bytes of per-unit gradients that are formed at a time.
-CHUNK_BYTES = 64 << 20
-
 
 def add_mixed_norms(
     items: list[tuple[Target, Use, Layout]],
@@ -24,17 +21,19 @@ def add_mixed_norms(
     sq_norms: Tensor,
     row_sums: Tensor,
     norms: Norms,
-) -> None:
+    chunk_bytes: int,
+) -> int:
     """Add the squared norms [U] of parameters that are reached by several kinds of uses or by computed weights.
 
     `shapes` are those of all parameters, by position. The bound on what may cancel (`row_sums`) is that of the
-    uses themselves, before they are carried back to the parameters.
+    uses themselves, before they are carried back to the parameters. Gradients are formed `chunk_bytes` at a time.
+    Returns how many additions a term goes through at most (`clipping.product_error`).
     """
     for _, use, layout in items:
         use.add_norms(torch.zeros_like(sq_norms), row_sums, layout, norms)
     positions = sorted({p for target, _, _ in items for p in positions_of(target)})
     widest = sum(shapes[p].numel() for p in positions) + max(_numel(t, shapes) for t, _, _ in items)
-    chunk = max(1, CHUNK_BYTES // (4 * max(1, widest)))
+    chunk = max(1, chunk_bytes // (4 * max(1, widest)))
     for first in range(0, units, chunk):
         last = min(units, first + chunk)
         totals = {p: sq_norms.new_zeros(last - first, *shapes[p]) for p in positions}
@@ -42,6 +41,8 @@ def add_mixed_norms(
             _add_unit_grads(target, use.unit_grads(layout, first, last), shapes, totals)
         for total in totals.values():
             sq_norms[first:last] += total.flatten(1).double().square().sum(1).float()
+    rows = max(layout.num_rows // max(layout.num_units, 1) for _, _, layout in items)
+    return rows + len(items) + max(max(shapes[p], default=1) for p in positions)
 
 
 def _numel(target: Target, shapes: list[torch.Size]) -> int:

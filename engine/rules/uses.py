@@ -8,8 +8,8 @@ form the gradients of a few units (`unit_grads`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,80 +17,77 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState
 from synthward.engine.layout import Layout
 from synthward.engine.provenance import Part as Part
-from synthward.engine.scratch import Workspace
 from synthward.kernels import (
+    diagonal_sq_norms,
     diagonal_weighted_sum,
+    outer_norms,
     outer_sq_norms,
+    outer_sum,
+    outer_unit_grads,
+    rank1_norms,
+    scale_rows,
     scatter_sq_norms,
     scatter_weighted_sum,
+    sum_chain,
 )
 
-# Up to so many rows a unit, the Gram matrices of its rows are the cheapest exact norm.
-_GRAM_ROWS = 32
+# Up to so many rows a unit, inner products are taken pair by pair, in double precision.
+_SMALL_GRAM = 16
+# Rows that the compiled products of pairs are padded to.
+_GRAM_SIDE = 32
 
 
 class Norms:
-    """Norms of rows and Gram matrices of units, each computed once per kept tensor and backward pass."""
+    """Norms of rows, each taken once per kept tensor and backward pass."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
-        self._grams: dict[int, tuple[Tensor, Tensor]] = {}
+        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def squares(self, rows: Tensor) -> Tensor:
+        """Squared L2 norm of each row of `rows` [N, p], float32 [N]."""
+        if id(rows) not in self._squares:
+            self.note_squares(rows, diagonal_sq_norms(rows))
+        return self._squares[id(rows)][1]
+
+    def note_squares(self, rows: Tensor, squares: Tensor) -> None:
+        """They came with something else."""
+        self._squares[id(rows)] = (rows, squares)
 
     def rows(self, rows: Tensor) -> Tensor:
         """L2 norm of each row of `rows` [N, p], float32 [N]."""
-        if id(rows) not in self._rows:
-            self._rows[id(rows)] = (rows, torch.linalg.vector_norm(rows, dim=1))
-        return self._rows[id(rows)][1]
-
-    def grams(self, rows: Tensor, layout: Layout) -> Tensor:
-        """Products of all pairs of rows of each unit, float32 [U, K, K]."""
-        if id(rows) not in self._grams:
-            units = rows.view(layout.num_units, layout.rows_per_unit or 1, rows.shape[1])
-            self._grams[id(rows)] = (rows, torch.bmm(units, units.transpose(1, 2)))
-        return self._grams[id(rows)][1]
+        return self.squares(rows).sqrt()
 
 
-def _by_gram(layout: Layout) -> bool:
-    return layout.rows_per_unit is not None and layout.rows_per_unit <= _GRAM_ROWS
+def _is_small(layout: Layout) -> bool:
+    return layout.rows_per_unit is not None and layout.rows_per_unit <= _SMALL_GRAM
 
 
-def _diagonal_norms(grams: Tensor) -> Tensor:
-    return grams.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+def is_compiled(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels take these."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
 class Weights:
-    """Weight of each row in the released sum, and the rows that must not enter a product.
+    """Weight of each row in the released sum, float32 [N]. A row of weight zero is not there: the units whose norm
+    is not finite have it, and 0 * inf would be NaN in a product, so it goes by choice and not by multiplication."""
 
-    A unit whose norm is not finite has weight zero, but 0 * inf is NaN in a product: its rows are set to zero in
-    what was kept, so that the rows of finite units are not even read. Tensors that may be the caller's own are
-    left as they are; their scaled copy is cleaned.
-
-    Args:
-        rows: float32 [N].
-        is_bad: bool [N], rows of units that are not finite.
-        workspace: gives a scratch tensor of a shape.
-    """
-
-    def __init__(self, rows: Tensor, is_bad: Tensor, workspace: Workspace) -> None:
-        self.rows, self._workspace = rows, workspace
-        # By index where looking costs nothing; on an accelerator that would wait for it.
-        self._is_bad = is_bad
-        self._bad = is_bad.nonzero().squeeze(1) if is_bad.device.type == "cpu" else None
-
-    def clean_(self, kept: Tensor) -> None:
-        """Zero the rows of non-finite units in `kept` [N, ...], in place. By `.data`: a graph that is kept must
-        not count this as an edit, since no finite unit's value changes."""
-        if self._bad is None:
-            kept.data.masked_fill_(self._is_bad.view(-1, *[1] * (kept.dim() - 1)), 0.0)
-        elif len(self._bad):
-            kept.data.index_fill_(0, self._bad, 0.0)
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
 
     def scale(self, kept: Tensor) -> Tensor:
-        """``w_n * kept_n`` [N, ...] in scratch memory, zero for non-finite units; valid until the next call."""
-        shape = (-1, *[1] * (kept.dim() - 1))
-        scaled = torch.mul(kept, self.rows.view(shape), out=self._workspace(kept.shape))
-        self.clean_(scaled)
-        return scaled
+        """``w_n * kept_n`` [N, ...]; zero where the weight is."""
+        return scale_rows(kept.reshape(len(kept), -1), self.rows).view(kept.shape)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to a norm: floating-point operations and bytes over what the weighted sum takes anyway, and bytes of
+    memory beyond what is kept anyway (negative: it frees some)."""
+
+    method: str
+    flops: float
+    bytes: float
+    memory: float = 0.0
 
 
 class Use(Protocol):
@@ -100,9 +97,9 @@ class Use(Protocol):
     def rows(self) -> int:
         """Rows N of the call; a multiple of the length of its first axis."""
 
-    @property
-    def longest(self) -> int:
-        """Length of the longest inner product behind a norm, for the bound on its rounding."""
+    def chain(self, layout: Layout) -> int:
+        """Additions in a row that a term of a norm's inner products, or of a formed gradient's sums, goes
+        through at most: for the bound on its rounding."""
 
     @property
     def evidence(self) -> Tensor:
@@ -124,19 +121,28 @@ class OuterUse:
     """Gradient ``sum_n g_n a_n^T`` [p, d]: activations [N, d], output_grads [N, p].
 
     `is_shared`: the activations may be memory that the caller goes on using (a batch of records).
+    `method`: the way to the norm where a unit has several rows; None for the usual one.
     """
 
     activations: Tensor
     output_grads: Tensor
     is_shared: bool = True
+    method: str | None = None
 
     @property
     def rows(self) -> int:
         return len(self.activations)
 
     @property
-    def longest(self) -> int:
-        return max(self.activations.shape[1], self.output_grads.shape[1])
+    def is_formed(self) -> bool:
+        return self.method == "tile"
+
+    def chain(self, layout: Layout) -> int:
+        a, g = self.activations, self.output_grads
+        if layout.is_single or _is_small(layout):
+            return 1
+        length = layout.longest if self.is_formed else max(a.shape[1], g.shape[1])
+        return sum_chain(length, compiled=is_compiled(a, g))
 
     @property
     def evidence(self) -> Tensor:
@@ -145,26 +151,21 @@ class OuterUse:
     def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
         a, g = self.activations, self.output_grads
         if layout.is_single:
-            norm = norms.rows(a) * norms.rows(g)
-            sq_norms.addcmul_(norm, norm)
-            row_sums += norm
-        elif _by_gram(layout):
-            grams_a, grams_g = norms.grams(a, layout), norms.grams(g, layout)
-            sq_norms += (grams_a * grams_g).sum((1, 2))
-            row_sums += (_diagonal_norms(grams_a) * _diagonal_norms(grams_g)).sum(1)
+            norms.note_squares(g, rank1_norms(a, g, sq_norms, row_sums))
+            return
+        offsets, a, g = layout.offsets, layout.sort_rows(a), layout.sort_rows(g)
+        assert offsets is not None
+        if _is_small(layout):
+            outer_sq_norms(a, g, offsets, out=sq_norms)
+            lengths = norms.rows(self.activations) * norms.rows(self.output_grads)
+            row_sums += layout.sum_rows(lengths)
         else:
-            outer_sq_norms(layout.sort_rows(a), layout.sort_rows(g), layout.offsets, out=sq_norms)
-            row_sums += layout.sum_rows(norms.rows(a) * norms.rows(g))
+            method: Literal["gram", "tile"] = "tile" if self.method == "tile" else "gram"
+            outer_norms(a, g, offsets, sq_norms, row_sums, method=method)
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
-        out = out.view(g.shape[1], a.shape[1])
-        weights.clean_(g)
-        if self.is_shared or a.shape[1] < g.shape[1]:
-            out.addmm_(g.t(), weights.scale(a))
-        else:
-            weights.clean_(a)
-            out.addmm_(weights.scale(g).t(), a)
+        outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]))
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
         a, g = (
@@ -172,6 +173,32 @@ class OuterUse:
             layout.unit_rows(self.output_grads, first, last),
         )
         return torch.bmm(g.mT, a).flatten(1)
+
+    def ways(self, layout: Layout) -> list[Way]:
+        """What each way to the norm costs. Materialised gradients spare the weighted sum its product."""
+        rows, d = self.activations.shape
+        p = self.output_grads.shape[1]
+        read = 4.0 * rows * (d + p)
+        if layout.is_single:
+            return [Way("rank-1", 2.0 * rows * (d + p), read)]
+        units = max(layout.num_units, 1)
+        formed = 4.0 * units * p * d
+        padded = -(-rows // (units * _GRAM_SIDE)) * _GRAM_SIDE
+        ways = [Way("gram", float(rows) * padded * (d + p), read)]
+        if not _is_small(layout):
+            ways.append(Way("tile", 2.0 * rows * p * d, read))
+        return [*ways, Way("materialise", 0.0, 2.0 * formed, formed - 4.0 * rows * p)]
+
+    def by(self, method: str) -> OuterUse:
+        return replace(self, method=method)
+
+    def materialise(self, layout: Layout) -> DiagonalUse:
+        """The units' gradients as rows."""
+        a, g = layout.sort_rows(self.activations), layout.sort_rows(self.output_grads)
+        offsets = layout.offsets
+        if offsets is None:
+            offsets = torch.arange(layout.num_rows + 1, device=a.device)
+        return DiagonalUse(outer_unit_grads(a, g, offsets)[0])
 
     def reorder(self, index: Tensor) -> OuterUse:
         return OuterUse(self.activations.index_select(0, index), self.output_grads.index_select(0, index))
@@ -192,9 +219,8 @@ class BlockOuterUse:
     def rows(self) -> int:
         return self.activations.shape[1]
 
-    @property
-    def longest(self) -> int:
-        return max(self.activations.shape[2], self.output_grads.shape[2])
+    def chain(self, layout: Layout) -> int:
+        return max(block.chain(layout) for block in self._blocks()) + len(self.activations)
 
     @property
     def evidence(self) -> Tensor:
@@ -231,21 +257,19 @@ class DiagonalUse:
     def rows(self) -> int:
         return len(self.unit_rows)
 
-    @property
-    def longest(self) -> int:
-        return self.unit_rows.shape[1]
+    def chain(self, layout: Layout) -> int:
+        return 1
 
     @property
     def evidence(self) -> Tensor:
         return self.unit_rows
 
     def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
-        norm = norms.rows(self.unit_rows)
-        sq_norms.addcmul_(norm, norm)
-        row_sums += norm
+        squares = norms.squares(self.unit_rows)
+        sq_norms += squares
+        row_sums += squares.sqrt()
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        weights.clean_(self.unit_rows)
         diagonal_weighted_sum(self.unit_rows, weights.rows, out=out.view(-1))
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
@@ -290,9 +314,8 @@ class ScatterUse:
     def rows(self) -> int:
         return len(self.ids)
 
-    @property
-    def longest(self) -> int:
-        return self.output_grads.shape[1]
+    def chain(self, layout: Layout) -> int:
+        return 1
 
     @property
     def evidence(self) -> Tensor:
@@ -304,8 +327,9 @@ class ScatterUse:
         row_sums += layout.sum_rows(norms.rows(self.output_grads))
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        weights.clean_(self.output_grads)
-        scatter_weighted_sum(self.ids, self.output_grads, weights.rows, out=out.view(-1, self.longest))
+        scatter_weighted_sum(
+            self.ids, self.output_grads, weights.rows, out=out.view(-1, self.output_grads.shape[1])
+        )
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
         grads = layout.unit_rows(self.output_grads, first, last)

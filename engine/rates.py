@@ -1,0 +1,110 @@
+"""What this machine does in a second, measured once and kept: the constants of the planner's cost model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from synthward.kernels import cpu_isa, outer_norms
+
+_VERSION = 1
+_known: dict[str, Rates] = {}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations a second of the two kinds of norms, and bytes a second to and from memory."""
+
+    gram: float
+    tile: float
+    bytes: float
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """The rates of a device at torch's present number of threads; measured in a fraction of a second, then kept in
+    memory and in ``$XDG_CACHE_HOME/synthward`` (where that can be written)."""
+    name = _name(device)
+    if name not in _known:
+        path = _cache_path()
+        _known[name] = _read(path, name) or _measure(device)
+        _write(path, name, _known[name])
+    return _known[name]
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{_VERSION} {torch.cuda.get_device_name(device)}"
+    return f"{_VERSION} {_processor()} {cpu_isa()} {torch.get_num_threads()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def _cache_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "synthward" / "rates.json"
+
+
+def _read(path: Path, name: str) -> Rates | None:
+    try:
+        found = Rates(**{key: float(value) for key, value in json.loads(path.read_text())[name].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if min(asdict(found).values()) > 0.0 else None
+
+
+def _write(path: Path, name: str, rates: Rates) -> None:
+    """Best effort: another process may write as well, and the last one wins."""
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if known.get(name) == asdict(rates):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({**known, name: asdict(rates)}, indent=1))
+        new.replace(path)
+    except (OSError, ValueError, AttributeError):
+        return
+
+
+def _measure(device: torch.device) -> Rates:
+    units, rows, width = 16, 128, 256
+    a = torch.ones(units * rows, width, device=device)
+    offsets = torch.arange(0, units * rows + 1, rows, device=device)
+    out = torch.zeros(units, device=device)
+    gram = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="gram"), device)
+    tile = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="tile"), device)
+    # Larger than most caches.
+    block = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(block)
+    copy = _seconds(lambda: target.copy_(block), device)
+    return Rates(
+        gram=units * rows * rows * 2 * width / gram,
+        tile=2 * units * rows * width * width / tile,
+        bytes=2 * block.nbytes / copy,
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    once()
+    return max(statistics.median(once() for _ in range(7)), 1e-9)

@@ -1,0 +1,158 @@
+"""Outer family by dense products: the ways to a norm that the engine's planner chooses between.
+
+Plain functions of contiguous fp32 matrices in CPU memory have compiled kernels (csrc/core/gemm.inl); anything else
+takes the same way in torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from synthward import _C
+from synthward.kernels import _check
+from synthward.kernels._select import Backend, threads, use_cpp, view, written
+from synthward.kernels.outer.reference import scale_rows
+
+Method = Literal["gram", "tile"]
+
+# Products in one chain of additions, and chains that are added up (BLOCK in csrc/core/gemm.inl).
+_BLOCK = 128
+
+
+def sum_chain(length: int, *, compiled: bool) -> int:
+    """Most additions that one term of an inner product of `length` terms goes through, one way or another."""
+    return min(length, _BLOCK) + -(-length // _BLOCK) if compiled else length
+
+
+def rank1_norms(
+    activations: Tensor,
+    output_grads: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Norms where every row is a unit: adds ``|a_n|^2 |g_n|^2`` to `sq_norms` and ``|a_n| |g_n|`` to `row_sums`.
+
+    activations [N, d], output_grads [N, p]; sq_norms and row_sums float32 [N]. Returns ``|g_n|^2``, float32 [N].
+    """
+    _check.matrix(activations, "activations")
+    _check.matrix(output_grads, "output_grads")
+    _check.same_rows(output_grads, len(activations), "output_grads")
+    _check.flat_float(sq_norms, "sq_norms", len(activations))
+    _check.flat_float(row_sums, "row_sums", len(activations))
+    if use_cpp(backend, activations, output_grads, sq_norms, row_sums):
+        squares = torch.zeros_like(sq_norms)
+        arrays = (view(activations), view(output_grads), view(sq_norms), view(row_sums), view(squares))
+        _C.rank1_norms(*arrays, threads())
+        written(sq_norms, row_sums)
+        return squares
+    squares = output_grads.double().square().sum(1)
+    product = squares * activations.double().square().sum(1)
+    sq_norms += product.float()
+    row_sums += product.sqrt().float()
+    return squares.float()
+
+
+def outer_norms(
+    activations: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor,
+    *,
+    method: Method,
+    backend: Backend = "auto",
+) -> None:
+    """Add each unit's ``||sum_n g_n a_n^T||^2`` to `sq_norms` and ``sum_n |a_n| |g_n|`` to `row_sums`.
+
+    Args:
+        activations: [N, d], rows unit by unit.
+        output_grads: [N, p].
+        offsets: int64 [U + 1].
+        sq_norms: float32 [U].
+        row_sums: float32 [U].
+        method: "gram", upper triangles of the products of all pairs of a unit's rows; or "tile", pieces of the
+            unit's gradient, squared and forgotten.
+        backend: who executes.
+    """
+    units = _check_units(activations, output_grads, offsets)
+    _check.flat_float(sq_norms, "sq_norms", units)
+    _check.flat_float(row_sums, "row_sums", units)
+    if method not in ("gram", "tile"):
+        raise ValueError(f"method: got {method!r}, expected 'gram' or 'tile'")
+    if use_cpp(backend, activations, output_grads, offsets, sq_norms, row_sums):
+        arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
+        if method == "gram":
+            _C.gram_norms(*arrays, threads())
+        else:
+            _C.tile_norms(*arrays, None, threads())
+        written(sq_norms, row_sums)
+        return
+    rows = torch.linalg.vector_norm(activations.float(), dim=1)
+    rows = rows * torch.linalg.vector_norm(output_grads.float(), dim=1)
+    for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        a, g = activations[first:last].float(), output_grads[first:last].float()
+        found = ((a @ a.mT) * (g @ g.mT)).sum() if method == "gram" else (g.mT @ a).square().sum()
+        sq_norms[unit] += found
+        row_sums[unit] += rows[first:last].sum()
+
+
+def outer_unit_grads(
+    activations: Tensor, output_grads: Tensor, offsets: Tensor, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of each unit float32 [U, p * d], its squared norm float32 [U], and ``sum_n |a_n| |g_n|`` [U].
+
+    activations [N, d] and output_grads [N, p] unit by unit, offsets int64 [U + 1].
+    """
+    units = _check_units(activations, output_grads, offsets)
+    numel = activations.shape[1] * output_grads.shape[1]
+    grads = torch.empty(units, numel, dtype=torch.float32, device=activations.device)
+    sq_norms, row_sums = grads.new_zeros(units), grads.new_zeros(units)
+    if use_cpp(backend, activations, output_grads, offsets):
+        arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
+        _C.tile_norms(*arrays, view(grads), threads())
+        return grads, sq_norms, row_sums
+    for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        a, g = activations[first:last].float(), output_grads[first:last].float()
+        grads[unit] = (g.mT @ a).flatten()
+        row_sums[unit] = (a.norm(dim=1) * g.norm(dim=1)).sum()
+    sq_norms += grads.double().square().sum(1).float()
+    return grads, sq_norms, row_sums
+
+
+def outer_sum(
+    activations: Tensor,
+    output_grads: Tensor,
+    row_weights: Tensor,
+    *,
+    out: Tensor,
+    backend: Backend = "auto",
+) -> None:
+    """``out += sum_n w_n g_n a_n^T`` [p, d], the weight applied while the product reads its operand.
+
+    activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]. A row of weight zero is
+    not read, whatever it holds. The order of the additions depends on the shapes alone.
+    """
+    _check.matrix(activations, "activations")
+    _check.matrix(output_grads, "output_grads")
+    _check.same_rows(output_grads, len(activations), "output_grads")
+    _check.flat_float(row_weights, "row_weights", len(activations))
+    _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
+    if use_cpp(backend, activations, output_grads, row_weights, out):
+        _C.outer_sum(view(activations), view(output_grads), view(row_weights), view(out), threads())
+        written(out)
+        return
+    ones = (row_weights != 0).to(row_weights.dtype)
+    g = scale_rows(output_grads.float(), row_weights)
+    out.addmm_(g.t(), scale_rows(activations.float(), ones))
+
+
+def _check_units(activations: Tensor, output_grads: Tensor, offsets: Tensor) -> int:
+    _check.matrix(activations, "activations")
+    _check.matrix(output_grads, "output_grads")
+    _check.same_rows(output_grads, len(activations), "output_grads")
+    return _check.unit_count(offsets, len(activations))
