@@ -62,7 +62,7 @@ struct KernelTable {
                       float* row_sums, float* bias_out);
   void (*outer_sum_layout)(int64_t n, int64_t d, int64_t p, int64_t* pieces, int64_t* splits, int64_t* scratch);
   void (*outer_sum)(const float* a, const float* g, const float* weights, int64_t n, int64_t d, int64_t p,
-                    int64_t index, float* out, float* partial, float* scratch);
+                    int64_t index, float* out, float* bias, float* partial, float* scratch);
 };
 
 const int64_t kLongestGram = 64;

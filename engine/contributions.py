@@ -105,6 +105,7 @@ class Contributions:
         self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
         self.forwards: set[int] = set()
         self.has_summed = False
+        self._biases: set[int] = set()
         planner.begin(state.forward_bytes)
 
     # While the backward pass runs
@@ -325,9 +326,12 @@ class Contributions:
         self._found[index] = (factors, is_bad)
         if self._observe is not None:
             self._observe(index, norms, counts)
+        # Products first: the sum over rows that a bias needs comes with the one of its weight.
+        group.items.sort(key=lambda item: not isinstance(item[1], OuterUse))
+        self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
         for item in group.items:
             self._sum(item, factors, is_bad, index)
-        group.items = []
+        group.items, self._biases = [], set()
         self._planner.free()
 
     def _sum(self, item: Item, factors: Tensor, is_bad: Tensor, index: int) -> None:
@@ -339,6 +343,8 @@ class Contributions:
             weights = Weights(layout.to_rows(factors))
             self._weights[key] = (layout, weights)
         weights = self._weights[key][1]
+        if isinstance(use, OuterUse) and id(use.output_grads) in self._biases:
+            weights.row_totals[id(use.output_grads)] = None
         if isinstance(target, Derived):
             add_derived_sum(target, use, weights, self._sums)
         elif isinstance(target, Part | Span):

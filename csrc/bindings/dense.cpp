@@ -89,7 +89,7 @@ void rank1_norms(const Floats& a, const Floats& g, Floats& out, Floats& row_sums
                [=, &table](int64_t f, int64_t t) { table.rank1_norms(pa, pg, f, t, d, p, po, ps, pb); });
 }
 
-void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& out, int threads) {
+void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& out, MaybeFloats& bias, int threads) {
   const float *pa = input(a, "activations", 2), *pg = input(g, "output_grads", 2);
   const float* pw = input(weights, "row_weights", 1);
   const int64_t n = a.shape(0), d = a.shape(1), p = g.shape(1);
@@ -101,18 +101,30 @@ void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& 
   check_apart(a, out, "out");
   check_apart(g, out, "out");
   check_apart(weights, out, "out");
+  float* const pb = bias ? output(*bias, "bias", 1) : nullptr;
+  if (bias) {
+    check_length(bias->shape(0), p, "bias");
+    check_apart(a, *bias, "bias");
+    check_apart(g, *bias, "bias");
+    check_apart(weights, *bias, "bias");
+    check_apart(out, *bias, "bias");
+  }
   if (n == 0 || d == 0 || p == 0) return;
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
   int64_t pieces = 0, splits = 0, scratch = 0;
   table.outer_sum_layout(n, d, p, &pieces, &splits, &scratch);
-  std::vector<float> partial(splits > 1 ? static_cast<size_t>(splits * p * d) : 0);
+  const int64_t each = p * d + p;
+  std::vector<float> partial(splits > 1 ? static_cast<size_t>(splits * each) : 0);
   float* const parts = partial.data();
   parallel_for(pieces, 1, threads, [=, &table](int64_t f, int64_t t) {
-    for (int64_t i = f; i < t; ++i) table.outer_sum(pa, pg, pw, n, d, p, i, po, parts, scratch_of(scratch));
+    for (int64_t i = f; i < t; ++i) table.outer_sum(pa, pg, pw, n, d, p, i, po, pb, parts, scratch_of(scratch));
   });
-  for (int64_t s = 0; s < (splits > 1 ? splits : 0); ++s)
-    for (int64_t i = 0; i < p * d; ++i) po[i] += parts[s * p * d + i];
+  for (int64_t s = 0; s < (splits > 1 ? splits : 0); ++s) {
+    const float* const part = parts + s * each;
+    for (int64_t i = 0; i < p * d; ++i) po[i] += part[i];
+    for (int64_t i = 0; pb && i < p; ++i) pb[i] += part[p * d + i];
+  }
 }
 
 }  // namespace
@@ -127,7 +139,7 @@ void bind_dense(py::module_& m) {
   m.def("rank1_norms", &rank1_norms, fixed("activations"), fixed("output_grads"), fixed("out"), fixed("row_sums"),
         fixed("bias_out").none(true), arg("threads"));
   m.def("outer_sum", &outer_sum, fixed("activations"), fixed("output_grads"), fixed("row_weights"), fixed("out"),
-        arg("threads"));
+        fixed("bias").none(true), arg("threads"));
 }
 
 }  // namespace synthward

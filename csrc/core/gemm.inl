@@ -141,17 +141,32 @@ struct Columns {
 
 }  // namespace
 
+// sums[0 .. height] += the sums of the columns of panels of `count` rows.
+SYNTHWARD_INLINE void add_columns(const float* panels, int64_t count, int64_t height, float* sums) {
+  for (int64_t i = 0; i < height; i += PANEL) {
+    vf low = {}, high = {};
+    for (int64_t k = 0; k < count; ++k, panels += PANEL) {
+      low += load(panels);
+      high += load(panels + LANES);
+    }
+    store(sums + i, load(sums + i) + low);
+    store(sums + i + LANES, load(sums + i + LANES) + high);
+  }
+}
+
 // c[rows][columns] (both rounded up to whole panels) = left^T right over `inner` rows, for columns i0 .. of the left
-// and j0 .. of the right operand. `panels` holds both packed blocks.
+// and j0 .. of the right operand. `panels` holds both packed blocks. left_sums (or null) gets the sums of the columns
+// of the left operand as it was packed, whole panels.
 template <class Left, class Right>
 SYNTHWARD_INLINE void multiply(const Left& left, const Right& right, int64_t inner, int64_t i0, int64_t rows,
-                               int64_t j0, int64_t columns, float* panels, float* c) {
+                               int64_t j0, int64_t columns, float* panels, float* c, float* left_sums = nullptr) {
   const int64_t height = round_up(rows, PANEL), width = round_up(columns, PANEL);
   __builtin_memset(c, 0, sizeof(float) * height * width);
   float* const packed_right = panels + BLOCK * height;
   for (int64_t k = 0; k < inner; k += BLOCK) {
     const int64_t count = inner - k < BLOCK ? inner - k : (int64_t)BLOCK;
     left.pack(k, count, i0, rows, panels);
+    if (left_sums) add_columns(panels, count, height, left_sums);
     right.pack(k, count, j0, columns, packed_right);
     for (int64_t j = 0; j < width; j += PANEL)
       for (int64_t i = 0; i < rows; i += TILE_ROWS)
@@ -171,6 +186,7 @@ SYNTHWARD_INLINE int64_t piece(int64_t length, int64_t most) {
   return round_up((length + pieces - 1) / (pieces < 1 ? 1 : pieces), PANEL);
 }
 
+// A piece of the sum, with its packed operands, stays in a core's own cache.
 enum { PIECE = 256 };
 
 // The products of all pairs of rows of x [rows, width]: c[s][t], s <= t at least, rows rounded up to whole panels.
@@ -293,11 +309,12 @@ static void outer_sum_layout(int64_t n, int64_t d, int64_t p, int64_t* pieces, i
   const SumPlan plan = plan_outer_sum(n, d, p);
   *pieces = plan.pieces;
   *splits = plan.splits;
-  *scratch = multiply_scratch(plan.high, plan.wide);
+  *scratch = multiply_scratch(plan.high, plan.wide) + plan.high;
 }
 
+// bias [p] (or null) gets sum_n w_n g_n; where the rows are cut, both go to `partial` [splits, p * d + p].
 static void outer_sum(const float* a, const float* g, const float* weights, int64_t n, int64_t d, int64_t p,
-                      int64_t index, float* out, float* partial, float* scratch) {
+                      int64_t index, float* out, float* bias, float* partial, float* scratch) {
   const SumPlan plan = plan_outer_sum(n, d, p);
   const int64_t split = index % plan.splits, tile = index / plan.splits;
   const int64_t i = tile / plan.across * plan.high, j = tile % plan.across * plan.wide;
@@ -307,9 +324,11 @@ static void outer_sum(const float* a, const float* g, const float* weights, int6
   // The factor goes to the operand that is packed less often.
   const WeightedRows left{g + first * p, p, weights + first, true}, right{a + first * d, d, weights + first, false};
   float *panels = scratch, *c = scratch + BLOCK * (round_up(plan.high, PANEL) + round_up(plan.wide, PANEL));
-  multiply(left, right, inner < 0 ? 0 : inner, i, rows, j, columns, panels, c);
+  float* const sums = bias && j == 0 ? c + plan.high * plan.wide : nullptr;
+  if (sums) __builtin_memset(sums, 0, sizeof(float) * plan.high);
+  multiply(left, right, inner < 0 ? 0 : inner, i, rows, j, columns, panels, c, sums);
   const int64_t width = round_up(columns, PANEL);
-  float* const to = plan.splits > 1 ? partial + split * p * d : out;
+  float* const to = plan.splits > 1 ? partial + split * (p * d + p) : out;
   for (int64_t r = 0; r < rows; ++r) {
     float *row = to + (i + r) * d + j, *from = c + r * width;
     if (plan.splits > 1) {
@@ -318,4 +337,7 @@ static void outer_sum(const float* a, const float* g, const float* weights, int6
       for (int64_t l = 0; l < columns; ++l) row[l] += from[l];
     }
   }
+  if (!sums) return;
+  float* const bias_to = (plan.splits > 1 ? to + p * d : bias) + i;
+  for (int64_t r = 0; r < rows; ++r) bias_to[r] = plan.splits > 1 ? sums[r] : bias_to[r] + sums[r];
 }

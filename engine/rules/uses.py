@@ -73,6 +73,8 @@ class Weights:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
+        # Sums of rows that a product gives on its way, by the rows' tensor: wanted (None), then found.
+        self.row_totals: dict[int, Tensor | None] = {}
 
     def scale(self, kept: Tensor) -> Tensor:
         """``w_n * kept_n`` [N, ...]; zero where the weight is."""
@@ -165,7 +167,10 @@ class OuterUse:
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
-        outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]))
+        total = g.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
+        outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]), bias=total)
+        if total is not None:
+            weights.row_totals[id(g)] = total
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
         a, g = (
@@ -270,7 +275,11 @@ class DiagonalUse:
         row_sums += squares.sqrt()
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        diagonal_weighted_sum(self.unit_rows, weights.rows, out=out.view(-1))
+        total = weights.row_totals.pop(id(self.unit_rows), None)
+        if total is None:
+            diagonal_weighted_sum(self.unit_rows, weights.rows, out=out.view(-1))
+        else:
+            out.view(-1).add_(total)
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
         return self.unit_rows[first:last]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synthward import _C
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, threads, use_cpp, view, written
+from synthward.kernels._select import Backend, maybe_view, threads, use_cpp, view, written
 from synthward.kernels.outer.reference import scale_rows
 
 Method = Literal["gram", "tile"]
@@ -130,25 +130,31 @@ def outer_sum(
     row_weights: Tensor,
     *,
     out: Tensor,
+    bias: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """``out += sum_n w_n g_n a_n^T`` [p, d], the weight applied while the product reads its operand.
 
-    activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]. A row of weight zero is
-    not read, whatever it holds. The order of the additions depends on the shapes alone.
+    activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]; ``bias`` float32 [p], if
+    given, gets ``sum_n w_n g_n`` on the way. A row of weight zero is not read, whatever it holds. The order of the additions depends on the shapes alone.
     """
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")
     _check.same_rows(output_grads, len(activations), "output_grads")
     _check.flat_float(row_weights, "row_weights", len(activations))
     _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
-    if use_cpp(backend, activations, output_grads, row_weights, out):
-        _C.outer_sum(view(activations), view(output_grads), view(row_weights), view(out), threads())
-        written(out)
+    if bias is not None:
+        _check.flat_float(bias, "bias", output_grads.shape[1])
+    if use_cpp(backend, activations, output_grads, row_weights, out, bias):
+        arrays = (view(activations), view(output_grads), view(row_weights), view(out), maybe_view(bias))
+        _C.outer_sum(*arrays, threads())
+        written(out, bias)
         return
     ones = (row_weights != 0).to(row_weights.dtype)
     g = scale_rows(output_grads.float(), row_weights)
     out.addmm_(g.t(), scale_rows(activations.float(), ones))
+    if bias is not None:
+        bias += g.sum(0)
 
 
 def _check_units(activations: Tensor, output_grads: Tensor, offsets: Tensor) -> int:
