@@ -26,6 +26,13 @@ struct SgdArgs {
   int nesterov, first_step;
 };
 
+// A convolution of images [groups * channels][size...] to [groups * outputs][out...]; channels and outputs are those
+// of one group, axes that are not there have length 1. padding is that before the first place.
+struct ConvShape {
+  int64_t groups, channels, outputs;
+  int64_t size[3], kernel[3], stride[3], padding[3], dilation[3], out[3];
+};
+
 // Rows [N, p] of units: unit u owns rows offsets[u] .. offsets[u + 1]; without offsets every row is a unit.
 // Ranges from .. to are of units, of elements, of rows or of columns, as each comment says.
 struct KernelTable {
@@ -63,6 +70,15 @@ struct KernelTable {
   void (*outer_sum_layout)(int64_t n, int64_t d, int64_t p, int64_t* pieces, int64_t* splits, int64_t* scratch);
   void (*outer_sum)(const float* a, const float* g, const float* weights, int64_t n, int64_t d, int64_t p,
                     int64_t index, float* out, float* bias, float* partial, float* scratch);
+  // Convolutions (core/conv.inl).
+  int64_t (*conv_scratch)(const ConvShape*);
+  void (*conv_norms)(const ConvShape*, const float* x, const float* g, const int64_t* offsets, const int64_t* order,
+                     int64_t from, int64_t to, float* out, float* row_sums, float* grads, float* scratch);
+  void (*conv_sum)(const ConvShape*, const float* x, const float* g, const float* weights, int64_t from, int64_t to,
+                   float* sum, float* scratch);
+  int64_t (*conv_gram_scratch)(const ConvShape*);
+  void (*conv_gram_norms)(const ConvShape*, const float* x, const float* g, int64_t from, int64_t to, float* out,
+                          float* row_sums, float* scratch);
 };
 
 const int64_t kLongestGram = 64;

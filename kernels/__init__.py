@@ -9,6 +9,10 @@ from synthward.kernels._select import Backend as Backend
 from synthward.kernels._select import available_isas as available_isas
 from synthward.kernels._select import cpu_isa as cpu_isa
 from synthward.kernels._select import force_isa as force_isa
+from synthward.kernels.conv import ConvShape as ConvShape
+from synthward.kernels.conv import conv_norms as conv_norms
+from synthward.kernels.conv import conv_sum as conv_sum
+from synthward.kernels.conv import conv_unit_grads as conv_unit_grads
 from synthward.kernels.diagonal import diagonal_sq_norms as diagonal_sq_norms
 from synthward.kernels.diagonal import diagonal_weighted_sum as diagonal_weighted_sum
 from synthward.kernels.noise import add_gaussian_noise_ as add_gaussian_noise_

@@ -1,4 +1,4 @@
-// Bindings of the dense products (core/gemm.inl).
+// Bindings of the dense products (core/gemm.inl) and of convolutions (core/conv.inl).
 #pragma once
 #include <memory>
 #include <optional>
@@ -24,5 +24,6 @@ inline float* scratch_of(int64_t floats) {
 }
 
 void bind_dense(py::module_& m);
+void bind_conv(py::module_& m);
 
 }  // namespace synthward

@@ -17,6 +17,7 @@ namespace SYNTHWARD_ISA {
 #include "core/gaussian.inl"
 #include "core/norms.inl"
 #include "core/gemm.inl"
+#include "core/conv.inl"
 #include "core/sums.inl"
 #include "core/update.inl"
 
@@ -25,6 +26,7 @@ const KernelTable table = {
     SYNTHWARD_ISA_NAME, chacha_blocks16,  gaussian,   add_gaussian,          adam, sgd, outer_sq_norms,
     diagonal_sq_norms,  scatter_sq_norms, scale_rows, diagonal_weighted_sum, scatter_weighted_sum,
     gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
+    conv_scratch,       conv_norms,       conv_sum,   conv_gram_scratch,     conv_gram_norms,
 };
 
 }  // namespace SYNTHWARD_ISA

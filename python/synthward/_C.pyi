@@ -26,6 +26,23 @@ def rank1_norms(
 def outer_sum(
     activations: _F, output_grads: _F, row_weights: _F, out: _F, bias: _F | None, threads: int
 ) -> None: ...
+def conv_norms(
+    shape: list[int],
+    images: _F,
+    output_grads: _F,
+    offsets: _L,
+    order: _L | None,
+    out: _F,
+    row_sums: _F,
+    grads: _F | None,
+    threads: int,
+) -> None: ...
+def conv_gram_norms(
+    shape: list[int], images: _F, output_grads: _F, out: _F, row_sums: _F, threads: int
+) -> None: ...
+def conv_sum(
+    shape: list[int], images: _F, output_grads: _F, row_weights: _F, out: _F, threads: int
+) -> None: ...
 def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]: ...
 def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...

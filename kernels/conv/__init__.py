@@ -1,0 +1,113 @@
+"""Convolutions: the outer family with patches of images as rows, which are never unfolded in memory.
+
+Images are [N, groups * channels * size...], output gradients [N, groups * outputs * out...], both contiguous and flat;
+a privacy unit owns whole images. Weight gradients have the channels last, [groups * outputs, taps, channels] flat:
+the order in which they are formed (`ConvShape`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from synthward.kernels import _check
+from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels.conv import cpp_impl, reference
+from synthward.kernels.conv.shape import ConvShape as ConvShape
+
+Method = Literal["gram", "tile"]
+
+
+def conv_norms(
+    shape: ConvShape,
+    images: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor,
+    *,
+    order: Tensor | None = None,
+    method: Method = "tile",
+    backend: Backend = "auto",
+) -> None:
+    """Add each unit's squared norm to `sq_norms`, and to `row_sums` a bound of the sum of the norms of the gradients
+    of its places.
+
+    Args:
+        shape: the convolution's sizes.
+        images: float32 [N, image_numel].
+        output_grads: float32 [N, output_numel].
+        offsets: int64 [U + 1].
+        sq_norms: float32 [U].
+        row_sums: float32 [U].
+        order: int64 [N], the images in unit order; None where they are.
+        method: "gram", products of pairs of places (stride 1, one image a unit, N = U); or "tile", the gradient
+            itself, squared and forgotten.
+        backend: who executes.
+    """
+    units = _check_rows(shape, images, output_grads, offsets)
+    _check.flat_float(sq_norms, "sq_norms", units)
+    _check.flat_float(row_sums, "row_sums", units)
+    if method == "gram" and (shape.stride != (1, 1, 1) or order is not None or not _is_single(offsets, images)):
+        raise ValueError("method: 'gram' needs one image a unit and stride 1")
+    tensors = (images, output_grads, offsets, sq_norms, row_sums, order)
+    if use_cpp(backend, *tensors) and len(images):
+        cpp_impl.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums, None, method)
+    else:
+        reference.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums)
+
+
+def conv_unit_grads(
+    shape: ConvShape,
+    images: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    *,
+    order: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Gradient of each unit, float32 [U, numel], channels last. Arguments as in `conv_norms`."""
+    units = _check_rows(shape, images, output_grads, offsets)
+    grads = torch.empty(units, shape.numel, dtype=torch.float32, device=images.device)
+    if use_cpp(backend, images, output_grads, offsets, order) and len(images):
+        unused = grads.new_zeros(2, units)
+        cpp_impl.norms(shape, images, output_grads, offsets, order, unused[0], unused[1], grads, "tile")
+        return grads
+    return grads.copy_(reference.unit_grads(shape, images, output_grads, offsets, order))
+
+
+def conv_sum(
+    shape: ConvShape,
+    images: Tensor,
+    output_grads: Tensor,
+    row_weights: Tensor,
+    *,
+    out: Tensor,
+    backend: Backend = "auto",
+) -> None:
+    """``out += sum_n w_n G_n`` float32 [numel], channels last; row_weights float32 [N]. An image of weight zero is not
+    read. The order of the additions depends on the shapes alone."""
+    offsets = torch.arange(len(images) + 1, device=images.device)
+    _check_rows(shape, images, output_grads, offsets)
+    _check.flat_float(row_weights, "row_weights", len(images))
+    _check.flat_float(out, "out", shape.numel)
+    if use_cpp(backend, images, output_grads, row_weights, out):
+        if len(images):
+            cpp_impl.weighted_sum(shape, images, output_grads, row_weights, out)
+        return
+    reference.weighted_sum(shape, images, output_grads, row_weights, out)
+
+
+def _is_single(offsets: Tensor, images: Tensor) -> bool:
+    return len(offsets) == len(images) + 1 and bool((offsets.diff() == 1).all())
+
+
+def _check_rows(shape: ConvShape, images: Tensor, output_grads: Tensor, offsets: Tensor) -> int:
+    _check.matrix(images, "images")
+    _check.matrix(output_grads, "output_grads")
+    _check.same_rows(output_grads, len(images), "output_grads")
+    _check.shape(images, (len(images), shape.image_numel), "images")
+    _check.shape(output_grads, (len(images), shape.output_numel), "output_grads")
+    return _check.unit_count(offsets, len(images))
