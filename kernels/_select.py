@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from typing import Any, Literal
 
 import torch
@@ -10,24 +13,95 @@ from torch import Tensor
 
 from synthward import _C
 
-Backend = Literal["auto", "reference", "cpp"]
+Backend = Literal["auto", "reference", "cpp", "triton"]
+Choice = Literal["reference", "cpp", "triton"]
+
+_DTYPES_TRITON = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+_log = logging.getLogger("synthward.kernels")
+
+
+def choose(
+    backend: Backend, *inputs: Tensor | None, written: tuple[Tensor | None, ...] = (), triton: bool = True
+) -> Choice:
+    """Which implementation runs: what was asked for, or under `auto` the compiled one that takes these tensors.
+
+    Args:
+        backend: "cpp" is C++ on contiguous fp32/int64 tensors in CPU memory, "triton" fp32, bf16, fp16 and int64 on a
+            CUDA device, or in CPU memory if Triton was imported under TRITON_INTERPRET=1. "auto" never interprets.
+        inputs: tensors that are read; the Triton kernels copy what is not contiguous.
+        written: tensors that are written, contiguous.
+        triton: whether the operation has a Triton kernel.
+
+    Raises:
+        ValueError: the backend is unknown, or was asked for and cannot take the tensors.
+    """
+    tensors = (*inputs, *written)
+    if backend == "reference":
+        return "reference"
+    if backend == "triton":
+        _demand_triton(inputs, written, triton)
+        return "triton"
+    if backend not in ("auto", "cpp"):
+        raise ValueError(f"backend: got {backend!r}, expected 'auto', 'reference', 'cpp' or 'triton'")
+    if all(t is None or _fits(t) for t in tensors):
+        return "cpp"
+    if backend == "cpp":
+        raise ValueError("backend 'cpp' needs contiguous fp32 (ids: int64) tensors in CPU memory")
+    on_device = any(t is not None and t.is_cuda for t in tensors)
+    if triton and on_device and _fits_triton(inputs, written, "cuda") and _triton_found():
+        return "triton"
+    return "reference"
 
 
 def use_cpp(backend: Backend, *tensors: Tensor | None) -> bool:
-    """Whether the C++ kernel runs: asked for, or `auto` with contiguous fp32/int64 tensors in CPU memory."""
-    if backend == "reference":
-        return False
-    if backend not in ("auto", "cpp"):
-        raise ValueError(f"backend: got {backend!r}, expected 'auto', 'reference' or 'cpp'")
-    fits = all(t is None or _fits(t) for t in tensors)
-    if backend == "cpp" and not fits:
-        raise ValueError("backend 'cpp' needs contiguous fp32 (ids: int64) tensors in CPU memory")
-    return fits
+    """Whether the C++ kernel runs: asked for, or `auto` with contiguous fp32/int64 tensors in CPU memory.
+
+    For operations without a Triton kernel.
+    """
+    return choose(backend, *tensors, triton=False) == "cpp"
 
 
 def _fits(tensor: Tensor) -> bool:
     typed = tensor.dtype in (torch.float32, torch.int64)
     return tensor.device.type == "cpu" and typed and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _fits_triton(inputs: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...], device: str) -> bool:
+    present = [t for t in (*inputs, *written) if t is not None]
+    return (
+        all(t.dtype in _DTYPES_TRITON and t.device.type == device and not t.is_neg() for t in present)
+        and len({t.device for t in present}) <= 1
+        and all(t.is_contiguous() for t in written if t is not None)
+    )
+
+
+def _demand_triton(
+    inputs: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...], exists: bool
+) -> None:
+    if not exists:
+        raise ValueError("backend 'triton': this operation has no Triton kernel; use 'auto' or 'reference'")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("backend 'triton': the package triton is not installed")
+    from synthward.kernels._triton import INTERPRETED
+
+    if not _fits_triton(inputs, written, "cpu" if INTERPRETED else "cuda"):
+        place = "in CPU memory, as TRITON_INTERPRET is set" if INTERPRETED else "on one CUDA device"
+        raise ValueError(
+            f"backend 'triton' needs fp32, bf16 or fp16 (ids: int64) tensors {place}, contiguous where written"
+        )
+
+
+@functools.cache
+def _triton_found() -> bool:
+    """Whether kernels can be compiled for a device; if not, a line in the log says what runs instead."""
+    if importlib.util.find_spec("triton") is None:
+        _log.warning("triton is not installed: kernels on CUDA tensors run as plain torch, slower")
+        return False
+    from synthward.kernels._triton import INTERPRETED
+
+    if INTERPRETED:
+        _log.warning("TRITON_INTERPRET is set: kernels on CUDA tensors run as plain torch, slower")
+    return not INTERPRETED
 
 
 def view(tensor: Tensor) -> NDArray[Any]:

@@ -29,7 +29,7 @@ MAX_LINES = 500
 
 # Third-party packages that a part of the house may use, by the start of its module name; the longest wins.
 ALLOWED = {
-    "synthward.kernels": {"numpy", "torch"},
+    "synthward.kernels": {"numpy", "torch", "triton"},
     "synthward.engine": {"numpy", "torch", "cryptography", "safetensors"},
     "synthward.engine.accounting": {"dp_accounting", "numpy", "scipy", "prv_accountant"},
     "synthward.engine.errors": set(),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.outer import cpp_impl, reference
 
 
@@ -35,8 +35,13 @@ def outer_sq_norms(
     _check.same_rows(output_grads, len(activations), "output_grads")
     units = _check.unit_count(offsets, len(activations))
     out = _check.unit_output(out, units, activations)
-    if use_cpp(backend, activations, output_grads, offsets, out):
+    chosen = choose(backend, activations, output_grads, offsets, written=(out,))
+    if chosen == "cpp":
         cpp_impl.outer_sq_norms(activations, output_grads, offsets, out)
+    elif chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        triton_impl.outer_sq_norms(activations, output_grads, offsets, out)
     else:
         out += reference.outer_sq_norms(activations, output_grads, offsets, units)
     return out
@@ -48,8 +53,8 @@ def outer_weighted_sum(
     """``out += sum_n w_n g_n a_n^T``: the smaller operand is scaled, then one GEMM accumulates in place.
 
     A row of weight zero adds nothing, whatever the scaled operand holds in it; the caller makes the other
-    operand finite in such rows (see `scale_rows`). activations [N, d], output_grads [N, p], row_weights
-    float32 [N], out float32 [p, d].
+    operand finite in such rows (see `scale_rows`), which the Triton kernel does not need.
+    activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d].
     """
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")
@@ -57,6 +62,11 @@ def outer_weighted_sum(
     _check.flat_float(row_weights, "row_weights", len(activations))
     _check.matrix(out, "out")
     _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
+    if choose(backend, activations, output_grads, row_weights, written=(out,)) == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        triton_impl.outer_sum(activations, output_grads, row_weights, out)
+        return out
     if output_grads.shape[1] <= activations.shape[1]:
         output_grads = scale_rows(output_grads, row_weights, backend=backend)
     else:
@@ -68,8 +78,13 @@ def scale_rows(rows: Tensor, row_weights: Tensor, *, backend: Backend = "auto") 
     """``w_n * rows_n`` as a new tensor [N, p]; weight zero gives zeros even where the row is not finite."""
     _check.matrix(rows, "rows")
     _check.flat_float(row_weights, "row_weights", len(rows))
-    if use_cpp(backend, rows, row_weights):
+    chosen = choose(backend, rows, row_weights)
+    if chosen == "cpp":
         out = torch.empty_like(rows)
         cpp_impl.scale_rows(rows, row_weights, out)
         return out
+    if chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        return triton_impl.scale_rows(rows, row_weights)
     return reference.scale_rows(rows, row_weights)

@@ -1,0 +1,391 @@
+"""Triton kernels of the outer family. Shapes: activations a [N, d], output_grads g [N, p], offsets [U + 1].
+
+Products of fp32 are IEEE's own, never TF32: an error of 3e-4 in a norm would be one in the sensitivity. Products of
+bf16 or fp16 are exact in the fp32 accumulator. Squares are added up in fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from synthward.kernels._select import written
+from synthward.kernels._triton import (
+    FUSED,
+    add_totals,
+    block,
+    ceil_div,
+    exact_dot,
+    on,
+    processors,
+    segment,
+    slot_rows,
+    slots,
+)
+
+# What an inner product of n terms may lose to underflow is below n times this (flushed to zero, or denormal).
+_TINY = 2.0**-126
+
+
+@triton.jit
+def _rank1_kernel(
+    a_ptr, g_ptr, products_ptr, roots_ptr, squares_ptr, rows, d, p, BR: tl.constexpr, BK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
+    inside = n < rows
+    of_a = tl.zeros((BR,), tl.float64)
+    for k in range(0, d, BK):
+        col = k + tl.arange(0, BK)
+        x = tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d), other=0.0).to(tl.float64)
+        of_a += tl.sum(x * x, axis=1)
+    of_g = tl.zeros((BR,), tl.float64)
+    for k in range(0, p, BK):
+        col = k + tl.arange(0, BK)
+        x = tl.load(g_ptr + n[:, None] * p + col, mask=inside[:, None] & (col < p), other=0.0).to(tl.float64)
+        of_g += tl.sum(x * x, axis=1)
+    product = of_a * of_g
+    if products_ptr is not None:
+        before = tl.load(products_ptr + n, mask=inside, other=0.0)
+        tl.store(products_ptr + n, before + product.to(tl.float32), mask=inside)
+    if squares_ptr is not None:
+        # One row a unit: its own sum is complete.
+        if roots_ptr is not None:
+            before = tl.load(roots_ptr + n, mask=inside, other=0.0)
+            tl.store(roots_ptr + n, before + tl.sqrt(product).to(tl.float32), mask=inside)
+        tl.store(squares_ptr + n, of_g.to(tl.float32), mask=inside)
+    elif roots_ptr is not None:
+        tl.store(roots_ptr + n, tl.sqrt(product), mask=inside)
+
+
+@triton.jit
+def _gram(x_ptr, s, t, s_inside, t_inside, width, BT: tl.constexpr, BK: tl.constexpr):
+    """Inner products of rows s with rows t, fp32 [BT, BT]."""
+    acc = tl.zeros((BT, BT), tl.float32)
+    for k in range(0, width, BK):
+        col = k + tl.arange(0, BK)
+        x = tl.load(x_ptr + s[:, None] * width + col, mask=s_inside[:, None] & (col < width), other=0.0)
+        y = tl.load(
+            x_ptr + t[None, :] * width + col[:, None], mask=t_inside & (col[:, None] < width), other=0.0
+        )
+        acc = exact_dot(x, y, acc)
+    return acc
+
+
+@triton.jit
+def _row_square(x_ptr, row, width, BK: tl.constexpr):
+    acc = tl.zeros((BK,), tl.float64)
+    for k in range(0, width, BK):
+        col = k + tl.arange(0, BK)
+        x = tl.load(x_ptr + row * width + col, mask=col < width, other=0.0).to(tl.float64)
+        acc += x * x
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def _gram_kernel(
+    a_ptr, g_ptr, offsets_ptr, slots_ptr, partials_ptr, rows, units, d, p, lost_a, lost_g,
+    BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One strip of the upper triangle: BT rows of a unit against themselves and all later rows of it."""
+    slot = tl.program_id(0).to(tl.int64)
+    top, first, last = slot_rows(slots_ptr, offsets_ptr, slot, rows, units, BT)
+    if last - first == 1:
+        if top == first:
+            whole = _row_square(a_ptr, first, d, BK) * _row_square(g_ptr, first, p, BK)
+            tl.store(partials_ptr + slot, whole)
+        else:
+            tl.store(partials_ptr + slot, 0.0)
+    else:
+        s = top + tl.arange(0, BT)
+        total = tl.zeros((BT,), tl.float64)
+        for bottom in range(top, last, BT):
+            t = bottom + tl.arange(0, BT)
+            aa = _gram(a_ptr, s, t, s < last, t < last, d, BT, BK).to(tl.float64)  # [BT, BT]
+            gg = _gram(g_ptr, s, t, s < last, t < last, p, BT, BK).to(tl.float64)  # [BT, BT]
+            # What underflow may have taken from either product counts as if it were there.
+            term = aa * gg + (lost_a * tl.abs(gg) + lost_g * tl.abs(aa))
+            later = t[None, :] - s[:, None]
+            total += tl.sum(tl.where(later > 0, 2.0 * term, tl.where(later == 0, term, 0.0)), axis=1)
+        tl.store(partials_ptr + slot, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _tile_kernel(
+    a_ptr, g_ptr, offsets_ptr, partials_ptr, grads_ptr, rows, d, p, tiles, across,
+    BP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """One piece [BP, BD] of a unit's gradient, formed in registers, squared, and forgotten if `grads_ptr` is None."""
+    work = tl.program_id(0).to(tl.int64)
+    unit = work // tiles
+    tile = work % tiles
+    first, last = segment(offsets_ptr, unit, rows)
+    i = tile // across * BP + tl.arange(0, BP)  # columns of g
+    j = tile % across * BD + tl.arange(0, BD)  # columns of a
+    acc = tl.zeros((BP, BD), tl.float32)
+    for at in range(first, last, BT):
+        n = at + tl.arange(0, BT)
+        g = tl.load(
+            g_ptr + n[None, :] * p + i[:, None], mask=(n < last) & (i[:, None] < p), other=0.0
+        )  # [BP, BT]
+        a = tl.load(a_ptr + n[:, None] * d + j, mask=(n[:, None] < last) & (j < d), other=0.0)  # [BT, BD]
+        acc = exact_dot(g, a, acc)
+    if grads_ptr is not None:
+        place = unit * d * p + i[:, None] * d + j
+        tl.store(grads_ptr + place, acc, mask=(i[:, None] < p) & (j < d))
+    exact = acc.to(tl.float64)
+    tl.store(partials_ptr + work, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
+
+
+@triton.jit
+def _sum_kernel(
+    a_ptr, g_ptr, weights_ptr, out_ptr, fragments_ptr, rows, d, p, across, steps, total, share,
+    BP: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """An equal share of all (output tile, rows) steps; tiles that are shared go to `fragments`, others to `out`."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program * share
+    end = tl.minimum(at + share, total)
+    while at < end:
+        tile = at // steps
+        begin = at % steps
+        count = tl.minimum(steps - begin, end - at)
+        i = tile // across * BP + tl.arange(0, BP)
+        j = tile % across * BD + tl.arange(0, BD)
+        acc = tl.zeros((BP, BD), tl.float32)
+        for step in range(begin, begin + count):
+            n = step * BK + tl.arange(0, BK)
+            w = tl.load(weights_ptr + n, mask=n < rows, other=0.0)
+            # A row of weight zero is not read: what it holds may not be finite.
+            live = w != 0.0
+            g = tl.load(
+                g_ptr + n[None, :] * p + i[:, None], mask=live & (i[:, None] < p), other=0.0
+            )  # [BP, BK]
+            a = tl.load(a_ptr + n[:, None] * d + j, mask=live[:, None] & (j < d), other=0.0)  # [BK, BD]
+            scaled = g.to(tl.float32) * w
+            if SPLIT:
+                # Three bf16 hold all 24 bits of the scaled gradient, so that every product is exact.
+                high = scaled.to(tl.bfloat16)
+                rest = scaled - high.to(tl.float32)
+                middle = rest.to(tl.bfloat16)
+                low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+                acc = exact_dot(low, a, acc)
+                acc = exact_dot(middle, a, acc)
+                acc = exact_dot(high, a, acc)
+            else:
+                acc = exact_dot(scaled, a.to(tl.float32), acc)
+        if count == steps:
+            target = out_ptr + i.to(tl.int64)[:, None] * d + j
+            inside = (i[:, None] < p) & (j < d)
+            tl.store(target, tl.load(target, mask=inside, other=0.0) + acc, mask=inside)
+        else:
+            fragment = 2 * program + (begin == 0).to(tl.int64)
+            place = tl.arange(0, BP)[:, None] * BD + tl.arange(0, BD)
+            tl.store(fragments_ptr + fragment * (BP * BD) + place, acc)
+        at += count
+
+
+@triton.jit
+def _join_kernel(
+    fragments_ptr, out_ptr, d, p, across, steps, share, BP: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Add the fragments of one output tile, in the order of its rows."""
+    tile = tl.program_id(0).to(tl.int64)
+    begin = tile * steps
+    first = begin // share
+    last = (begin + steps - 1) // share
+    if first != last:
+        acc = tl.zeros((BP, BD), tl.float32)
+        place = tl.arange(0, BP)[:, None] * BD + tl.arange(0, BD)
+        for program in range(first, last + 1):
+            fragment = 2 * program + (program * share <= begin).to(tl.int64)
+            acc += tl.load(fragments_ptr + fragment * (BP * BD) + place)
+        i = tile // across * BP + tl.arange(0, BP)
+        j = tile % across * BD + tl.arange(0, BD)
+        inside = (i[:, None] < p) & (j < d)
+        target = out_ptr + i.to(tl.int64)[:, None] * d + j
+        tl.store(target, tl.load(target, mask=inside, other=0.0) + acc, mask=inside)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, weights_ptr, out_ptr, total, width, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < total
+    w = tl.load(weights_ptr + place // width, mask=inside, other=0.0)
+    x = tl.load(x_ptr + place, mask=inside & (w != 0.0), other=0.0)
+    scaled = (x.to(tl.float32) * w).to(x.dtype)
+    tl.store(out_ptr + place, tl.where(w != 0.0, scaled, tl.zeros_like(scaled)), mask=inside)
+
+
+def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+    """By the cheapest way at the units' mean length, which the shapes tell; lengths stay on the device."""
+    a, g = _pair(activations, output_grads)
+    rows, d, p = len(a), a.shape[1], g.shape[1]
+    if offsets is None:
+        _rows(a, g, products=out)
+        written(out)
+        return
+    units = max(len(out), 1)
+    method = tile_norms if _tile_cost(rows / units, d, p) < _gram_cost(rows / units, d, p) else gram_norms
+    method(a, g, offsets, out)
+
+
+def rank1_norms(activations: Tensor, output_grads: Tensor, sq_norms: Tensor, row_sums: Tensor) -> Tensor:
+    """As `synthward.kernels.rank1_norms`."""
+    a, g = _pair(activations, output_grads)
+    squares = torch.empty(len(a), dtype=torch.float32, device=a.device)
+    _rows(a, g, products=sq_norms, roots=row_sums, squares=squares)
+    written(sq_norms, row_sums)
+    return squares
+
+
+def gram_norms(
+    activations: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor | None = None,
+) -> None:
+    """Add squared norms, and ``sum_n |a_n| |g_n|`` if asked for, by upper triangles that never leave the chip."""
+    a, g = _pair(activations, output_grads)
+    rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
+    if 0 in (rows, d, p, units):
+        return
+    size = block(ceil_div(rows, units), 16, 64)
+    with on(a):
+        of_slots = slots(offsets, rows, size)
+        partials = torch.empty(len(of_slots), dtype=torch.float64, device=a.device)
+        _gram_kernel[(len(of_slots),)](
+            *(a, g, offsets, of_slots, partials, rows, units, d, p, d * _TINY, p * _TINY),
+            BT=size,
+            BK=32,
+            num_warps=8 if size == 64 else 4,
+            **FUSED,
+        )
+        add_totals(sq_norms, partials, offsets=offsets, rows=rows, step=size)
+        _add_row_sums(a, g, offsets, row_sums)
+    written(sq_norms, row_sums)
+
+
+def tile_norms(
+    activations: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor | None = None,
+    grads: Tensor | None = None,
+) -> None:
+    """As `gram_norms` by pieces of each unit's gradient, which are kept only in `grads` float32 [U, p * d]."""
+    a, g = _pair(activations, output_grads)
+    rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
+    if 0 in (d, p, units):
+        return
+    bp, bd = block(p, 16, 64), block(d, 16, 128 if a.element_size() == 2 else 64)
+    across = ceil_div(d, bd)
+    tiles = ceil_div(p, bp) * across
+    with on(a):
+        partials = torch.empty(units * tiles, dtype=torch.float64, device=a.device)
+        _tile_kernel[(units * tiles,)](
+            *(a, g, offsets, partials, grads, rows, d, p, tiles, across),
+            BP=bp,
+            BD=bd,
+            BT=16 if a.element_size() == 4 else 32,
+            num_warps=8 if bp * bd >= 8192 else 4,
+            **FUSED,
+        )
+        add_totals(sq_norms, partials)
+        _add_row_sums(a, g, offsets, row_sums)
+    written(sq_norms, row_sums)
+
+
+def outer_sum(activations: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor) -> None:
+    """``out += sum_n w_n g_n a_n^T``: equal shares of the work for every processor (stream-K), then the seams."""
+    a, g = _pair(activations, output_grads)
+    rows, d, p = len(a), a.shape[1], g.shape[1]
+    if 0 in (rows, d, p):
+        return
+    bp, bd = block(p, 16, 64), block(d, 16, 128 if a.element_size() == 2 else 64)
+    bk = 16 if a.element_size() == 4 else 32
+    across, steps = ceil_div(d, bd), ceil_div(rows, bk)
+    tiles = ceil_div(p, bp) * across
+    share = ceil_div(tiles * steps, processors(a) * 2)
+    programs = ceil_div(tiles * steps, share)
+    with on(a):
+        fragments = torch.empty(2 * programs * bp * bd, dtype=torch.float32, device=a.device)
+        _sum_kernel[(programs,)](
+            *(
+                a,
+                g,
+                row_weights.contiguous(),
+                out,
+                fragments,
+                rows,
+                d,
+                p,
+                across,
+                steps,
+                tiles * steps,
+                share,
+            ),
+            BP=bp,
+            BD=bd,
+            BK=bk,
+            SPLIT=a.dtype == torch.bfloat16,
+            num_warps=8 if bp * bd >= 8192 else 4,
+            **FUSED,
+        )
+        _join_kernel[(tiles,)](fragments, out, d, p, across, steps, share, BP=bp, BD=bd, **FUSED)
+    written(out)
+
+
+def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:
+    """As `synthward.kernels.scale_rows`."""
+    x = rows.contiguous()
+    out = torch.empty_like(x)
+    if out.numel():
+        with on(x):
+            _scale_kernel[(ceil_div(x.numel(), 1024),)](
+                x, row_weights.contiguous(), out, x.numel(), x.shape[1], BLOCK=1024, **FUSED
+            )
+    return out
+
+
+def _pair(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous operands of one dtype."""
+    if activations.dtype != output_grads.dtype:
+        activations, output_grads = activations.float(), output_grads.float()
+    return activations.detach().contiguous(), output_grads.detach().contiguous()
+
+
+def _rows(
+    a: Tensor,
+    g: Tensor,
+    products: Tensor | None = None,
+    roots: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    rows, d, p = len(a), a.shape[1], g.shape[1]
+    if rows:
+        with on(a):
+            _rank1_kernel[(ceil_div(rows, 8),)](
+                *(a, g, products, roots, squares, rows, d, p), BR=8, BK=block(max(d, p), 16, 128), **FUSED
+            )
+
+
+def _add_row_sums(a: Tensor, g: Tensor, offsets: Tensor, row_sums: Tensor | None) -> None:
+    if row_sums is not None and len(a):
+        roots = torch.empty(len(a), dtype=torch.float64, device=a.device)
+        _rows(a, g, roots=roots)
+        add_totals(row_sums, roots, offsets=offsets, rows=len(a))
+
+
+def _gram_cost(length: float, d: int, p: int) -> float:
+    """Multiply-adds of a unit of `length` rows, whole tiles of the upper triangle counted."""
+    size = block(ceil_div(int(length) + 1, 1), 16, 64)
+    strips = -(-length // size)
+    return strips * (strips + 1) / 2 * size * size * (d + p)
+
+
+def _tile_cost(length: float, d: int, p: int) -> float:
+    return -(-length // 16) * 16 * (ceil_div(p, 16) * 16) * (ceil_div(d, 16) * 16)
