@@ -82,5 +82,7 @@ struct KernelTable {
 };
 
 const int64_t kLongestGram = 64;
+// Places of a kernel that conv_gram_norms takes.
+const int64_t kMostTaps = 1024;
 
 }  // namespace synthward

@@ -20,6 +20,7 @@ from synthward.kernels.noise import gaussian_noise as gaussian_noise
 from synthward.kernels.outer import outer_sq_norms as outer_sq_norms
 from synthward.kernels.outer import outer_weighted_sum as outer_weighted_sum
 from synthward.kernels.outer import scale_rows as scale_rows
+from synthward.kernels.outer.dense import SUM_BLOCK as SUM_BLOCK
 from synthward.kernels.outer.dense import outer_norms as outer_norms
 from synthward.kernels.outer.dense import outer_sum as outer_sum
 from synthward.kernels.outer.dense import outer_unit_grads as outer_unit_grads

@@ -87,6 +87,7 @@ void conv_gram_norms(const Numbers& numbers, const Floats& x, const Floats& g, F
   const float *px = input(x, "images", 2), *pg = input(g, "output_grads", 2);
   check_rows(v, x, g);
   if (v.stride[0] != 1 || v.stride[1] != 1 || v.stride[2] != 1) refuse("shape", "has a stride");
+  if (product(v.kernel) > kMostTaps) refuse("shape", "has too large a kernel");
   const int64_t rows = x.shape(0);
   float *to = written_to(out, rows, "out", x, g), *sums = written_to(row_sums, rows, "row_sums", x, g);
   check_apart(out, row_sums, "row_sums");

@@ -245,6 +245,12 @@ static void conv_gram_norms(const ConvShape* shape, const float* x, const float*
   float *image = scratch, *panels = image + pixels * v.channels;
   float *inputs = panels + BLOCK * (side > high ? side : high), *outputs = inputs + side * side;
   float* const patch = outputs + high * high;
+  int64_t shifts[kMostTaps];
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t kx = tap % v.kernel[2], rest = tap / v.kernel[2];
+    const int64_t ky = rest % v.kernel[1], kz = rest / v.kernel[1];
+    shifts[tap] = (kz * v.dilation[0] * reach(v, 1) + ky * v.dilation[1]) * reach(v, 2) + kx * v.dilation[2];
+  }
   for (int64_t u = from; u < to; ++u)
     for (int64_t q = 0; q < v.groups; ++q) {
       pad_image(v, x + (u * v.groups + q) * v.channels * volume(v.size), image);
@@ -259,10 +265,7 @@ static void conv_gram_norms(const ConvShape* shape, const float* x, const float*
         for (int64_t t = at; t < last; t += LANES) {
           vf sum = {};
           for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t kx = tap % v.kernel[2], rest = tap / v.kernel[2];
-            const int64_t shift = (rest / v.kernel[1] * v.dilation[0] * reach(v, 1) +
-                                   rest % v.kernel[1] * v.dilation[1]) * reach(v, 2) + kx * v.dilation[2];
-            sum += load(inputs + (at + shift) * side + t + shift);
+            sum += load(inputs + (at + shifts[tap]) * side + t + shifts[tap]);
           }
           store(patch + t - at, sum);
         }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
+from synthward.engine.rules import conv
 from synthward.engine.rules.embedding import embedding
 from synthward.engine.rules.layer_norm import layer_norm
 from synthward.engine.rules.linear import linear
@@ -18,6 +19,7 @@ HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     F.linear: linear,
     F.layer_norm: layer_norm,
     F.embedding: embedding,
+    **conv.HANDLERS,
 }
 
 HINTS = {

@@ -19,12 +19,12 @@ from synthward.kernels.outer.reference import scale_rows
 Method = Literal["gram", "tile"]
 
 # Products in one chain of additions, and chains that are added up (BLOCK in csrc/core/gemm.inl).
-_BLOCK = 128
+SUM_BLOCK = 128
 
 
 def sum_chain(length: int, *, compiled: bool) -> int:
     """Most additions that one term of an inner product of `length` terms goes through, one way or another."""
-    return min(length, _BLOCK) + -(-length // _BLOCK) if compiled else length
+    return min(length, SUM_BLOCK) + -(-length // SUM_BLOCK) if compiled else length
 
 
 def rank1_norms(
