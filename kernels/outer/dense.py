@@ -136,7 +136,8 @@ def outer_sum(
     """``out += sum_n w_n g_n a_n^T`` [p, d], the weight applied while the product reads its operand.
 
     activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]; ``bias`` float32 [p], if
-    given, gets ``sum_n w_n g_n`` on the way. A row of weight zero is not read, whatever it holds. The order of the additions depends on the shapes alone.
+    given, gets ``sum_n w_n g_n`` on the way. A row of weight zero is not read, whatever it holds. The order of the
+    additions depends on the shapes alone.
     """
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")

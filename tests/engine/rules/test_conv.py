@@ -155,10 +155,9 @@ def test_autocast():
     net, x = Net(nn.Conv2d(4, 8, 3, padding=1), 4, 2), torch.randn(5, 4, 8, 8)
     expected = oracle(net, x, [1] * 5, 0.2)
     trainer, before = make_trainer(net, max_grad_norm=0.2), flat_parameters(net)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with trainer.capture():
-            out = net(x).float().flatten(1)
-            losses = torch.sin(out).sum(1) + out.square().mean(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), trainer.capture():
+        out = net(x).float().flatten(1)
+        losses = torch.sin(out).sum(1) + out.square().mean(1)
     trainer.backward(losses, rows_per_unit=1)
     trainer.apply()
     found = before - flat_parameters(net)
@@ -166,7 +165,7 @@ def test_autocast():
 
 
 def test_an_image_without_a_batch_axis_is_refused():
-    net = Net(nn.Conv2d(2, 3, 3), 2, 2)
-    trainer: PrivateTrainer = make_trainer(net)
+    net, image = Net(nn.Conv2d(2, 3, 3), 2, 2), torch.randn(2, 6, 6)
+    trainer = make_trainer(net)
     with pytest.raises(UnsupportedOperationError, match=r"mix\.weight.*conv2d.*batch"), trainer.capture():
-        net(torch.randn(2, 6, 6))
+        net(image)
