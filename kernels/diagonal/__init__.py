@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.diagonal import cpp_impl, reference
 
 
@@ -35,8 +35,13 @@ def diagonal_sq_norms(
         _check.shape(factors, tuple(rows.shape), "factors")
     units = _check.unit_count(offsets, len(rows))
     out = _check.unit_output(out, units, rows)
-    if use_cpp(backend, rows, factors, offsets, out):
+    chosen = choose(backend, rows, factors, offsets, written=(out,))
+    if chosen == "cpp":
         cpp_impl.diagonal_sq_norms(rows, offsets, factors, out)
+    elif chosen == "triton":
+        from synthward.kernels.diagonal import triton_impl
+
+        triton_impl.diagonal_sq_norms(rows, offsets, factors, out)
     else:
         out += reference.diagonal_sq_norms(rows, offsets, factors, units)
     return out
@@ -67,6 +72,13 @@ def diagonal_weighted_sum(
         _check.shape(factors, tuple(rows.shape), "factors")
     _check.flat_float(row_weights, "row_weights", len(rows))
     _check.flat_float(out, "out", rows.shape[1])
-    run = cpp_impl if use_cpp(backend, rows, row_weights, factors, out) else reference
-    run.diagonal_weighted_sum(rows, row_weights, factors, out)
+    chosen = choose(backend, rows, row_weights, factors, written=(out,))
+    if chosen == "cpp":
+        cpp_impl.diagonal_weighted_sum(rows, row_weights, factors, out)
+    elif chosen == "triton":
+        from synthward.kernels.diagonal import triton_impl
+
+        triton_impl.diagonal_weighted_sum(rows, row_weights, factors, out)
+    else:
+        reference.diagonal_weighted_sum(rows, row_weights, factors, out)
     return out

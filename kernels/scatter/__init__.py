@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.scatter import cpp_impl, reference
 
 
@@ -30,8 +30,13 @@ def scatter_sq_norms(
     _check.row_ids(ids, len(output_grads))
     units = _check.unit_count(offsets, len(ids))
     out = _check.unit_output(out, units, output_grads)
-    if use_cpp(backend, ids, output_grads, offsets, out):
+    chosen = choose(backend, ids, output_grads, offsets, written=(out,))
+    if chosen == "cpp":
         cpp_impl.scatter_sq_norms(ids, output_grads, offsets, out)
+    elif chosen == "triton":
+        from synthward.kernels.scatter import triton_impl
+
+        triton_impl.scatter_sq_norms(ids, output_grads, offsets, out)
     else:
         out += reference.scatter_sq_norms(ids, output_grads, offsets, units)
     return out
@@ -52,6 +57,13 @@ def scatter_weighted_sum(
     _check.flat_float(row_weights, "row_weights", len(ids))
     _check.matrix(out, "out")
     _check.shape(out, (len(out), output_grads.shape[1]), "out")
-    run = cpp_impl if use_cpp(backend, ids, output_grads, row_weights, out) else reference
-    run.scatter_weighted_sum(ids, output_grads, row_weights, out)
+    chosen = choose(backend, ids, output_grads, row_weights, written=(out,))
+    if chosen == "cpp":
+        cpp_impl.scatter_weighted_sum(ids, output_grads, row_weights, out)
+    elif chosen == "triton":
+        from synthward.kernels.scatter import triton_impl
+
+        triton_impl.scatter_weighted_sum(ids, output_grads, row_weights, out)
+    else:
+        reference.scatter_weighted_sum(ids, output_grads, row_weights, out)
     return out
