@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.noise import cpp_impl, reference
 
 
 def gaussian_noise(
-    count: int, *, key: bytes, stream: int, step: int, start: int = 0, backend: Backend = "auto"
+    count: int,
+    *,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Standard Gaussians float32 [count]: elements ``start .. start + count`` of a stream.
 
-    Guarantees: the same bits for any split, thread count and instruction set (the reference: to float32
+    Guarantees: the same bits for any split, thread count, instruction set and device (the reference: to float32
     rounding); the radius of Box-Muller has the tail of a 64-bit uniform (up to 9.4 standard deviations).
 
     Raises:
@@ -23,9 +30,14 @@ def gaussian_noise(
             negative.
     """
     _check.place(key, stream, step, start, count)
-    out = torch.empty(count, dtype=torch.float32)
-    if use_cpp(backend, out):
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    chosen = choose(backend, written=(out,))
+    if chosen == "cpp":
         cpp_impl.gaussian_noise(out, key, stream, step, start)
+    elif chosen == "triton":
+        from synthward.kernels.noise import triton_impl
+
+        triton_impl.gaussian_noise(out, key, stream, step, start)
     else:
         out.copy_(reference.gaussian_noise(count, key, stream, step, start))
     return out
@@ -49,8 +61,13 @@ def add_gaussian_noise_(
     _check.flat_float(tensor, "tensor")
     _check.place(key, stream, step, start, len(tensor))
     _check.noise_std(noise_std)
-    if use_cpp(backend, tensor):
+    chosen = choose(backend, written=(tensor,))
+    if chosen == "cpp":
         cpp_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
+    elif chosen == "triton":
+        from synthward.kernels.noise import triton_impl
+
+        triton_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
     else:
         tensor += noise_std * reference.gaussian_noise(len(tensor), key, stream, step, start).to(
             tensor.device

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, Choice, choose
 from synthward.kernels.update import cpp_impl, reference
 
 
@@ -51,8 +53,7 @@ def noisy_adam_(
     if adam_step < 1:
         raise ValueError(f"adam_step: got {adam_step}, expected at least 1")
     tensors = (param, summed_grad, exp_avg, exp_avg_sq)
-    run = cpp_impl.noisy_adam_ if use_cpp(backend, *tensors) else reference.noisy_adam_
-    run(
+    _implementation(choose(backend, written=tensors)).noisy_adam_(
         *tensors,
         key=key,
         stream=stream,
@@ -106,9 +107,8 @@ def noisy_sgd_(
     _check_common(param, key, stream, step, start, noise_std, grad_scale, lr, weight_decay)
     _check.finite(momentum, "momentum", 0.0)
     _check.finite(dampening, "dampening")
-    fast = use_cpp(backend, param, summed_grad, momentum_buffer)
-    run = cpp_impl.noisy_sgd_ if fast else reference.noisy_sgd_
-    run(
+    chosen = choose(backend, written=(param, summed_grad, momentum_buffer))
+    _implementation(chosen).noisy_sgd_(
         param,
         summed_grad,
         momentum_buffer,
@@ -125,6 +125,14 @@ def noisy_sgd_(
         weight_decay=weight_decay,
         first_step=first_step,
     )
+
+
+def _implementation(chosen: Choice) -> ModuleType:
+    if chosen == "triton":
+        from synthward.kernels.update import triton_impl
+
+        return triton_impl
+    return cpp_impl if chosen == "cpp" else reference
 
 
 def _check_common(
