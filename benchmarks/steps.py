@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import WORKLOADS, Workload
 from synthward.engine import ClipSpec, KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+from synthward.engine.memory import keep_freed_memory
 
 LEARNING_RATE, CLIP, NOISE = 1e-4, 1.0, 1.0
 
@@ -27,6 +28,12 @@ def plain_step(work: Workload, *, fused: bool, seed: int = 0) -> Step:
         optimizer.step()
 
     return step
+
+
+def kept_memory_step(work: Workload) -> Step:
+    """The plain step with the allocator set as the engine sets it, in a process that the engine does not run in."""
+    keep_freed_memory()
+    return plain_step(work, fused=False)
 
 
 def private_step(
@@ -102,6 +109,7 @@ def _setup(work: Workload, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
 VARIANTS: dict[str, Callable[[Workload], Step]] = {
     "plain": lambda work: plain_step(work, fused=False),
     "plain, fused Adam": lambda work: plain_step(work, fused=True),
+    "plain, kept memory": kept_memory_step,
     "synthward": private_step,
     "synthward per-layer": lambda work: private_step(work, clipping="per-layer"),
     "opacus ghost": lambda work: opacus_step(work, "ghost"),

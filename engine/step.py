@@ -16,6 +16,7 @@ from synthward.engine.contributions import Contributions, Groups
 from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.engine.flat import FlatParameters
 from synthward.engine.keys import KeySchedule
+from synthward.engine.memory import keep_freed_memory
 from synthward.engine.optim import Noise, make_updater
 from synthward.engine.planner import Planner
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
@@ -55,6 +56,7 @@ class DPStep:
         perf: PerfSpec | None = None,
     ) -> None:
         check_modules(module)
+        keep_freed_memory()
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
         self.flat = FlatParameters(module, optimizer)
         self.updater = make_updater(self.flat, optimizer)
