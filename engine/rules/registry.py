@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
-from synthward.engine.rules import conv
+from synthward.engine.rules import bare, conv
 from synthward.engine.rules.embedding import embedding
 from synthward.engine.rules.layer_norm import layer_norm
 from synthward.engine.rules.linear import linear
@@ -20,6 +20,7 @@ HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     F.layer_norm: layer_norm,
     F.embedding: embedding,
     **conv.HANDLERS,
+    **bare.HANDLERS,
 }
 
 HINTS = {

@@ -16,8 +16,7 @@ from tests.oracles import flat_parameters
 
 
 class Positions(nn.Module):
-    """A sequence model whose position table is looked up once for the whole batch: its rows are not the
-    batch's."""
+    """A sequence model whose position table is looked up once for the whole batch, or once for each row."""
 
     def __init__(self, times: int, share: bool) -> None:
         super().__init__()
@@ -32,20 +31,14 @@ class Positions(nn.Module):
         return self.head(torch.tanh(x + self.places(ids)))
 
 
-@pytest.mark.parametrize("rows", [3, 4, 8])
-def test_shared_position_ids_are_refused_even_where_shapes_agree(rows):
-    """Four positions and three, four (the same number) or eight rows."""
-    module, times = Positions(4, share=True), 4
-    x = torch.randn(rows, times, 5)
-    with pytest.raises(UnsupportedOperationError, match=r"places\.weight"):
-        released(module, x, [1] * rows, 0.1, rows_per_unit=1)
-
-
-def test_position_ids_for_each_row_are_exact():
-    module = Positions(4, share=False)
-    x = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(1))
-    expected = oracle(copy.deepcopy(module), x, [1] * 4, 0.1)
-    np.testing.assert_allclose(released(module, x, [1] * 4, 0.1), expected, atol=3e-6)
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+def test_position_ids_shared_or_for_each_row_are_exact(rows, share):
+    """Four positions and one, three, four (the same number) or eight rows."""
+    module = Positions(4, share=share)
+    x = torch.randn(rows, 4, 5, generator=torch.Generator().manual_seed(1))
+    expected = oracle(copy.deepcopy(module), x, [1] * rows, 0.1)
+    np.testing.assert_allclose(released(module, x, [1] * rows, 0.1), expected, atol=3e-6)
 
 
 class Mixing(nn.Module):
