@@ -40,7 +40,7 @@ def add_mixed_norms(
         for target, use, layout in items:
             _add_unit_grads(target, use.unit_grads(layout, first, last), shapes, totals)
         for total in totals.values():
-            sq_norms[first:last] += total.flatten(1).double().square().sum(1).float()
+            sq_norms[first:last] += total.view(last - first, -1).double().square().sum(1).float()
     rows = max(layout.num_rows // max(layout.num_units, 1) for _, _, layout in items)
     return rows + len(items) + max(max(shapes[p], default=1) for p in positions)
 
@@ -61,7 +61,7 @@ def _add_unit_grads(
             totals[position] += found
     elif isinstance(target, Part | Span):
         start, stop = flat_range(target, shapes[target.position])
-        totals[target.position].flatten(1)[:, start:stop] += grads
+        totals[target.position].view(len(grads), -1)[:, start:stop] += grads
     else:
         totals[target] += grads.view(totals[target].shape)
 
