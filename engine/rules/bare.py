@@ -6,7 +6,8 @@ all broadcast axes but the first (the batch's). These are rows of the diagonal f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ def _reduce(grads: Tensor, shape: torch.Size) -> Tensor:
     rows = grads.reshape(split)
     if repeats:
         rows = rows.sum(repeats, dtype=torch.float32)
-    return rows.reshape(len(grads), -1).float().contiguous()
+    return rows.reshape(len(grads), math.prod(aligned[1:])).float().contiguous()
 
 
 def _use(
@@ -52,7 +53,21 @@ def _use(
         position, ids = target.gathered
         table = state.parameters[position]
         return position, ScatterUse(ids.reshape(-1).long(), rows.view(-1, table.shape[1]), len(table))
+    if target.graph.stride(0) == 0:
+        return _first_row(state, target), diagonal_use(state, rows, leading, forward)
     return target, ScatterUse(torch.arange(leading, device=rows.device), rows, leading)
+
+
+def _first_row(state: CaptureState, target: Derived) -> Target:
+    """What a weight that was expanded along its first axis was expanded from."""
+    with torch.enable_grad():
+        row = target.graph[:1]
+    (position, *others) = target.leaves
+    parameter = state.parameters[position]
+    is_whole = row.data_ptr() == parameter.data_ptr() and row.numel() == parameter.numel()
+    if not others and is_whole and row.is_contiguous() and parameter.is_contiguous():
+        return position
+    return Derived(row, target.leaves)
 
 
 def _check_place(state: CaptureState, value: Tensor, out: torch.Size, operation: str) -> None:
@@ -176,7 +191,7 @@ class _Elementwise(torch.autograd.Function):
             slope = next(found) if leaf.requires_grad else None
             grads.append(slope if target is None else None)
             if target is not None and slope is not None:
-                rows = slope.reshape(leading, -1).float().contiguous()
+                rows = slope.reshape(leading, math.prod(leaf.shape[1:])).float().contiguous()
                 uses.append(_use(ctx.state, target, value.shape, rows, forward))
         ctx.state.keep(Kept(ctx.operation, leading, forward, uses))
         return None, None, None, ctx.state.anchor_grad, None, None, *grads
@@ -290,6 +305,37 @@ def _expand(func: Operation, state: CaptureState, input: Tensor, *args: Any, **k
     return apply(input, lambda p: func(p, *args, **kwargs), state.anchor, state, call)
 
 
+def _cat(state: CaptureState, tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
+    """Handler of ``torch.cat`` of data and what is computed for each row of the batch."""
+    first = next(t for t in tensors if state.target(t) is not None)
+    if options or dim % first.dim() == 0:
+        state.refuse(first, "cat", "only along another axis than the first (the batch's), and without out=")
+    rows = next(len(t) for t in tensors if state.target(t) is None)
+    return torch.cat([_as_data(state, t, rows, "cat") for t in tensors], dim)
+
+
+def _stack(state: CaptureState, tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
+    """Handler of ``torch.stack``."""
+    first = next(t for t in tensors if state.target(t) is not None)
+    if options or dim % (first.dim() + 1) == 0:
+        state.refuse(first, "stack", "only along another axis than the first (the batch's), and without out=")
+    rows = next(len(t) for t in tensors if state.target(t) is None)
+    return torch.stack([_as_data(state, t, rows, "stack") for t in tensors], dim)
+
+
+def _as_data(state: CaptureState, value: Tensor, rows: int, operation: str) -> Tensor:
+    """A weight computed for each of the batch's `rows`, as data whose gradient is captured."""
+    target = state.target(value)
+    if target is None:
+        return value
+    _check_place(state, value, value.shape, operation)
+    if len(value) != rows:
+        state.refuse(value, operation, "its first axis is not the batch's")
+    call = state.call(operation, (target,), rows)
+    apply: Callable[..., Tensor] = _Expand.apply
+    return apply(value, lambda p: p.view_as(p), state.anchor, state, call)
+
+
 def _getitem(state: CaptureState, input: Tensor, index: Any) -> Tensor:
     """Handler of ``table[ids]`` with ids that are data."""
     if state.target(input) is None:
@@ -347,6 +393,7 @@ def _handlers() -> dict[Any, Callable[..., Tensor]]:
         torch.index_select: _index_select,
         Tensor.index_select: _index_select,
     }
+    found |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat) | {torch.stack: _stack}
     return found
 
 
