@@ -84,7 +84,7 @@ class CaptureState:
         self.forward_bytes = 0
         self.start_pass: Callable[[Batch], Contributions] | None = None
         self._pass: Contributions | None = None
-        self._probed: list[Kept] | None = None
+        self._probed: Callable[[Kept], None] | None = None
         self._is_recomputing = False
         self._is_spoilt = False
         self._task = -1
@@ -92,7 +92,7 @@ class CaptureState:
     def keep(self, kept: Kept) -> None:
         """Called in backward by a captured call."""
         if self._probed is not None:
-            self._probed.append(kept)
+            self._probed(kept)
             return
         task = current_task()
         if task != self._task:
@@ -137,11 +137,11 @@ class CaptureState:
             )
 
     @contextmanager
-    def probe(self) -> Iterator[list[Kept]]:
-        """Backward passes inside leave what they kept in the list that this gives, and nowhere else."""
-        self._probed = found = []
+    def probe(self, look: Callable[[Kept], None]) -> Iterator[None]:
+        """Backward passes inside show what they would keep to `look`, and leave it nowhere."""
+        self._probed = look
         try:
-            yield found
+            yield
         finally:
             self._probed = None
 

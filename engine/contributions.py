@@ -329,9 +329,11 @@ class Contributions:
         # Products first: the sum over rows that a bias needs comes with the one of its weight.
         group.items.sort(key=lambda item: not isinstance(item[1], OuterUse))
         self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
-        for item in group.items:
-            self._sum(item, factors, is_bad, index)
-        group.items, self._biases = [], set()
+        group.items.reverse()
+        while group.items:
+            # Released one by one, as its sum is there.
+            self._sum(group.items.pop(), factors, is_bad, index)
+        self._biases = set()
         self._planner.free()
 
     def _sum(self, item: Item, factors: Tensor, is_bad: Tensor, index: int) -> None:

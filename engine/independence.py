@@ -8,13 +8,15 @@ unit's loss; it inspects which entries are exactly zero, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from synthward.engine.capture import CaptureState
+from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.errors import UnsupportedOperationError
 from synthward.engine.layout import Layout
+from synthward.engine.provenance import Target
 from synthward.engine.rules.uses import DiagonalUse
 
 # A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
@@ -53,25 +55,43 @@ class IndependenceProbe:
 
     def _probe(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> bool:
         """Whether the unit's own rows show a gradient in every call; raises if another unit's do."""
-        rows, has_power = layout.num_rows, True
-        with self._state.probe() as found:
+        verdicts: list[_Verdict] = []
+        # Looked at one by one: kept to the end, they would take as much memory as the whole backward pass.
+        with self._state.probe(lambda kept: verdicts.append(_look(kept, unit, layout))):
             torch.autograd.grad(outputs, [self._state.anchor], weights, retain_graph=True, allow_unused=True)
-            kept = list(found)
-        for item in kept:
-            for target, use in item.uses:
-                if item.leading % rows:
-                    continue  # refused by name when it is accumulated
-                grads = use.evidence
-                call = layout.units if isinstance(use, DiagonalUse) else layout.expand(use.rows // rows)
-                is_own = call.row_units == unit
-                # NaN is not evidence: 0 * inf in another unit's rows gives it.
-                touched = ((grads != 0) & ~grads.isnan()).flatten(1).any(1)
-                has_power = has_power and bool((grads != 0).flatten(1).any(1)[is_own].any())
-                if bool((touched & ~is_own).any()):
-                    raise UnsupportedOperationError(
-                        f"parameter {self._state.name(target)!r} in operation {item.operation!r}: units "
-                        "mix. One unit's loss depends on rows of other units there (a statistic or "
-                        "attention over the batch, an input that all rows share, or a batch axis that is "
-                        "not the first)"
-                    )
-        return has_power
+        for verdict in verdicts:
+            if verdict.mixed is not None:
+                raise UnsupportedOperationError(
+                    f"parameter {self._state.name(verdict.mixed)!r} in operation {verdict.operation!r}: units "
+                    "mix. One unit's loss depends on rows of other units there (a statistic or "
+                    "attention over the batch, an input that all rows share, or a batch axis that is "
+                    "not the first)"
+                )
+        return all(verdict.has_power for verdict in verdicts)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What one captured call shows: whether the unit's own rows have a gradient, and of which parameter another
+    unit's have."""
+
+    operation: str
+    has_power: bool
+    mixed: Target | None
+
+
+def _look(kept: Kept, unit: int, layout: Layout) -> _Verdict:
+    has_power, mixed = True, None
+    for target, use in kept.uses:
+        if kept.leading % layout.num_rows:
+            continue  # refused by name when it is accumulated
+        grads = use.evidence
+        call = layout.units if isinstance(use, DiagonalUse) else layout.expand(use.rows // layout.num_rows)
+        is_own = call.row_units == unit
+        is_zero = (grads == 0).flatten(1)
+        # NaN is not evidence: 0 * inf in another unit's rows gives it.
+        touched = ~(is_zero | grads.isnan().flatten(1)).all(1)
+        has_power = has_power and not bool(is_zero.all(1)[is_own].all())
+        if bool((touched & ~is_own).any()):
+            mixed = target
+    return _Verdict(kept.operation, has_power, mixed)
