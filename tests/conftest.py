@@ -14,6 +14,14 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """Without a GPU, Triton's kernels run in its interpreter, which must be known before Triton is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: most faults show within a minute."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -1,0 +1,426 @@
+"""The Triton kernels against float64: on the GPU if there is one, else in Triton's interpreter (tests/conftest.py).
+
+The interpreter runs every index, mask and order of additions, on small shapes. What it cannot show, how the device
+multiplies, is read off the compiled code (test_triton_compiled.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the package triton cannot be imported here")
+
+from synthward.kernels import (
+    add_gaussian_noise_,
+    chacha20_words,
+    diagonal_sq_norms,
+    diagonal_weighted_sum,
+    gaussian_noise,
+    noisy_adam_,
+    noisy_sgd_,
+    outer_sq_norms,
+    outer_weighted_sum,
+    scale_rows,
+    scatter_sq_norms,
+    scatter_weighted_sum,
+)
+from synthward.kernels._chacha import RARE, reference_blocks
+from synthward.kernels._triton import INTERPRETED
+from synthward.kernels.noise.triton_impl import chacha20_blocks
+from synthward.kernels.outer import triton_impl as outer_impl
+from synthward.kernels.scatter import triton_impl as scatter_impl
+from tests.kernels.cases import (
+    LAYOUTS,
+    assert_close,
+    diagonal_gradient,
+    generator,
+    matrix,
+    offsets_of,
+    outer_gradient,
+    row_count,
+    scatter_gradient,
+    segments,
+    sq_norms,
+)
+
+# NumPy, which the interpreter computes with, warns of what the kernels are meant to survive.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+KEY = bytes(range(32))
+PLACE = {"key": KEY, "stream": 3, "step": 7}
+LAYOUT = pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS.keys())
+UNITS = pytest.mark.parametrize(
+    "lengths",
+    [v for v in LAYOUTS.values() if v is not None],
+    ids=[k for k, v in LAYOUTS.items() if v is not None],
+)
+WIDTH = pytest.mark.parametrize(("d", "p"), [(1, 1), (17, 31), (67, 15), (0, 4)])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on_device(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def row_sums(a: Tensor, g: Tensor, units: list[slice]) -> Tensor:
+    products = a.double().norm(dim=1) * g.double().norm(dim=1)
+    return torch.stack([products[unit].sum() for unit in units]) if units else torch.zeros(0).double()
+
+
+def assert_norms(found: Tensor, expected: Tensor, sums: Tensor, chain: int) -> None:
+    """Within the rounding of inner products of `chain` terms (the bound that the engine adds to a norm)."""
+    assert found.dtype == torch.float32
+    bound = (2 * chain + 8) * 2.0**-24 * sums.square() + 1e-30
+    assert ((found.cpu().double() - expected).abs() <= bound).all()
+
+
+def assert_sum(found: Tensor, expected: Tensor, magnitude: Tensor, terms: int) -> None:
+    bound = (terms + 8) * 2.0**-24 * magnitude + 1e-30
+    assert ((found.cpu().double() - expected).abs() <= bound).all()
+
+
+def weights_of(rows: int) -> Tensor:
+    weights = torch.rand(rows, generator=generator(3))
+    weights[1::4] = 0.0
+    return weights
+
+
+@UNITS
+@WIDTH
+@pytest.mark.parametrize("method", ["gram", "tile"])
+def test_outer_norms(method, lengths, d, p):
+    rows = row_count(lengths)
+    a, g, units = matrix(rows, d, 1), matrix(rows, p, 2), segments(lengths, rows)
+    run = outer_impl.gram_norms if method == "gram" else outer_impl.tile_norms
+    norms, sums = torch.zeros(len(units), device=DEVICE), torch.zeros(len(units), device=DEVICE)
+    run(*on_device(a, g, offsets_of(lengths)), norms, sums)
+    expected = row_sums(a, g, units)
+    chain = max(d, p) if method == "gram" else max([1, *lengths])
+    assert_norms(norms, sq_norms([outer_gradient(a, g, unit) for unit in units]), expected, chain)
+    if d and p:
+        assert_close(sums.cpu(), expected)
+
+
+@LAYOUT
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outer_norms_by_cost(lengths, dtype):
+    rows = row_count(lengths)
+    a, g, units = matrix(rows, 19, 1).to(dtype), matrix(rows, 33, 2).to(dtype), segments(lengths, rows)
+    found = outer_sq_norms(*on_device(a, g, offsets_of(lengths)), backend="triton")
+    expected = sq_norms([outer_gradient(a, g, unit) for unit in units])
+    assert_norms(found, expected, row_sums(a, g, units), 130)
+
+
+def test_the_cheaper_way_to_a_norm_is_taken(monkeypatch):
+    taken = []
+    for name in ("gram_norms", "tile_norms"):
+        monkeypatch.setattr(outer_impl, name, lambda *_, name=name: taken.append(name))
+    for length, d, p in ((4, 64, 64), (256, 64, 64), (256, 1024, 1024)):
+        a, g, offsets = torch.ones(length, d), torch.ones(length, p), torch.tensor([0, length])
+        outer_impl.outer_sq_norms(a, g, offsets, torch.zeros(1))
+    assert taken == ["gram_norms", "tile_norms", "gram_norms"]
+
+
+def test_gradients_of_units_are_kept_if_asked_for():
+    lengths = LAYOUTS["ragged"]
+    rows = row_count(lengths)
+    a, g = matrix(rows, 17, 1), matrix(rows, 70, 2)
+    kept = torch.full((len(lengths), 70 * 17), float("nan"), device=DEVICE)
+    norms = torch.zeros(len(lengths), device=DEVICE)
+    outer_impl.tile_norms(*on_device(a, g, offsets_of(lengths)), norms, None, kept)
+    for unit, of_unit in zip(segments(lengths, rows), kept.cpu(), strict=True):
+        expected = torch.from_numpy(outer_gradient(a, g, unit)).flatten()
+        torch.testing.assert_close(of_unit.double(), expected, rtol=1e-5, atol=1e-2)
+
+
+def test_single_rows_give_norms_row_sums_and_squares():
+    a, g = matrix(11, 300, 1), matrix(11, 5, 2)
+    norms, sums = torch.ones(11, device=DEVICE), torch.ones(11, device=DEVICE)
+    squares = outer_impl.rank1_norms(*on_device(a, g), norms, sums)
+    product = a.double().square().sum(1) * g.double().square().sum(1)
+    assert_close(squares.cpu(), g.double().square().sum(1))
+    assert_close(norms.cpu(), 1 + product)
+    assert_close(sums.cpu(), 1 + product.sqrt())
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 2, 3]])
+def test_norms_do_not_vanish_where_one_side_is_tiny(offsets):
+    """|a|^2 underflows and |g|^2 does not: a norm of zero would let any gradient through unclipped."""
+    a, g = torch.full((3, 9), 1e-20), torch.full((3, 9), 1e18)
+    units = segments(None, 3) if offsets is None else [slice(0, 2), slice(2, 3)]
+    exact = sq_norms([outer_gradient(a, g, unit) for unit in units])
+    offsets = None if offsets is None else torch.tensor(offsets)
+    found = outer_sq_norms(*on_device(a, g, offsets), backend="triton").cpu().double()
+    assert (found >= exact * (1 - 1e-6)).all()
+
+
+@LAYOUT
+@pytest.mark.parametrize("p", [1, 31, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diagonal_norms(lengths, p, dtype):
+    rows = row_count(lengths)
+    g, offsets = matrix(rows, p, 3).to(dtype), offsets_of(lengths)
+    for factors in (None, matrix(rows, p, 4).to(dtype)):
+        found = diagonal_sq_norms(*on_device(g, offsets), factors=on_device(factors)[0], backend="triton")
+        expected = sq_norms([diagonal_gradient(g, factors, unit) for unit in segments(lengths, rows)])
+        assert_close(found.cpu(), expected)
+
+
+@LAYOUT
+@pytest.mark.parametrize("span", [4, scatter_impl.SPAN])
+def test_scatter_norms(lengths, span):
+    """Few table rows, so that ids repeat; short spans, so that their runs cross them."""
+    rows = row_count(lengths)
+    ids = torch.randint(-1, 3, (rows,), generator=generator(5))
+    g, units = matrix(rows, 19, 6), segments(lengths, rows)
+    found = torch.ones(len(units), device=DEVICE)
+    ids_there, g_there, offsets = on_device(ids, g, offsets_of(lengths))
+    scatter_impl.scatter_sq_norms(ids_there, g_there, offsets, found, span=span)
+    assert_close(found.cpu(), 1 + sq_norms([scatter_gradient(ids, g, unit, 3) for unit in units]))
+
+
+def test_table_rows_that_the_key_cannot_hold_give_no_norm():
+    """Rather than the norm of rows that were taken for one another."""
+    ids, offsets = torch.tensor([1, 2**32 + 1, 4, 4]), torch.tensor([0, 2, 4])
+    found = scatter_sq_norms(*on_device(ids, torch.ones(4, 3), offsets), backend="triton").cpu()
+    assert torch.isnan(found[0]) and found[1] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "p"), [(0, 3, 4), (1, 1, 1), (13, 17, 33), (64, 40, 131), (131, 150, 20)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outer_sum(rows, d, p, dtype):
+    a, g, w = matrix(rows, d, 1).to(dtype), matrix(rows, p, 2).to(dtype), weights_of(rows)
+    start = torch.randn(p, d, generator=generator(4))
+    scaled = g.double() * w.double().unsqueeze(1)
+    expected, magnitude = start.double() + scaled.t() @ a.double(), scaled.abs().t() @ a.double().abs()
+    a[1::4], g[1::4] = float("nan"), float("inf")
+    out = start.to(DEVICE)
+    assert outer_weighted_sum(*on_device(a, g, w), out=out, backend="triton") is out
+    assert_sum(out, expected, magnitude + start.double().abs(), rows)
+
+
+@pytest.mark.parametrize(("rows", "p"), [(0, 3), (1, 1), (13, 131), (300, 40)])
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_diagonal_sum(rows, p, with_factors):
+    g, w = matrix(rows, p, 2), weights_of(rows)
+    factors = matrix(rows, p, 5) if with_factors else None
+    start = torch.randn(p, generator=generator(4))
+    product = g.double() if factors is None else g.double() * factors.double()
+    expected, magnitude = (
+        start.double() + w.double() @ product,
+        start.double().abs() + w.double() @ product.abs(),
+    )
+    g[1::4] = float("nan")
+    g, w, factors, out = on_device(g, w, factors, start.clone())
+    diagonal_weighted_sum(g, w, factors=factors, out=out, backend="triton")
+    assert_sum(out, expected, magnitude, 2)
+
+
+@pytest.mark.parametrize(("rows", "table", "p"), [(0, 3, 4), (1, 1, 1), (75, 4, 33), (40, 50, 300)])
+@pytest.mark.parametrize("span", [4, scatter_impl.SPAN])
+def test_scatter_sum(rows, table, p, span):
+    g, w = matrix(rows, p, 2), weights_of(rows)
+    ids = torch.randint(-1, table, (rows,), generator=generator(6))
+    start = torch.randn(table, p, generator=generator(4))
+    expected, magnitude = start.double(), start.double().abs()
+    for n in range(rows):
+        if ids[n] >= 0:
+            expected[ids[n]] += w[n].double() * g[n].double()
+            magnitude[ids[n]] += w[n].double() * g[n].double().abs()
+    g[1::4], g[ids < 0] = float("inf"), float("nan")
+    ids, g, w, out = on_device(ids, g, w, start.clone())
+    scatter_impl.scatter_weighted_sum(ids, g, w, out, span=span)
+    assert_sum(out, expected, magnitude, 3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a device this ends the process, as an assertion there does")
+def test_an_id_beyond_the_table_is_refused_and_nothing_written():
+    out = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="ids"):
+        scatter_weighted_sum(torch.tensor([0, 3]), torch.ones(2, 2), torch.ones(2), out=out, backend="triton")
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_rows(dtype):
+    x, w = matrix(13, 131, 2).to(dtype), weights_of(13)
+    expected = (x.float() * w.unsqueeze(1)).to(dtype)
+    x[1::4] = float("nan")
+    found = scale_rows(*on_device(x, w), backend="triton").cpu()
+    # The interpreter cuts off bits where a device rounds to bf16.
+    rounding = 2.0**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["rows", "ragged", "long"])
+def test_a_unit_that_is_not_finite_is_alone(bad, name):
+    lengths = LAYOUTS[name]
+    rows, width = row_count(lengths), 21
+    offsets, units = offsets_of(lengths), segments(lengths, rows)
+    victim = max(range(len(units)), key=lambda u: units[u].stop - units[u].start)
+    a, g, ids = matrix(rows, width, 1), matrix(rows, width, 2), torch.arange(rows) % 3
+
+    def all_norms() -> list[Tensor]:
+        a_there, g_there, ids_there, offsets_there = on_device(a, g, ids, offsets)
+        found = [
+            outer_sq_norms(a_there, g_there, offsets_there, backend="triton"),
+            diagonal_sq_norms(g_there, offsets_there, backend="triton"),
+            scatter_sq_norms(ids_there, g_there, offsets_there, backend="triton"),
+        ]
+        if lengths is not None:
+            for run in (outer_impl.gram_norms, outer_impl.tile_norms):
+                found.append(torch.zeros(len(units), device=DEVICE))
+                run(a_there, g_there, offsets_there, found[-1])
+        return [norms.cpu() for norms in found]
+
+    clean = all_norms()
+    g[units[victim].stop - 1, width - 1] = bad
+    others = torch.arange(len(units)) != victim
+    for before, after in zip(clean, all_norms(), strict=True):
+        assert not torch.isfinite(after[victim])
+        assert torch.equal(before[others], after[others])
+
+
+def test_strided_inputs_are_taken_and_strided_outputs_refused():
+    whole = matrix(24, 24, 9)
+    for g in (whole[:, 3:10], whole.t(), whole[::2]):
+        expected = g.double().square().sum(1)
+        g = (
+            g.to(DEVICE)
+            if INTERPRETED
+            else whole.to(DEVICE).as_strided(g.shape, g.stride(), g.storage_offset())
+        )
+        assert_close(diagonal_sq_norms(g, backend="triton").cpu(), expected)
+        assert_close(outer_sq_norms(g, g, backend="triton").cpu(), expected.square())
+    with pytest.raises(ValueError, match="contiguous where written"):
+        diagonal_sq_norms(whole.to(DEVICE), out=torch.zeros(48, device=DEVICE)[::2], backend="triton")
+    with pytest.raises(ValueError, match="fp32, bf16 or fp16"):
+        diagonal_sq_norms(whole.to(DEVICE).double(), backend="triton")
+
+
+def test_offsets_that_lie_are_kept_within_the_rows():
+    """On a device nobody looks at them before; what they name outside of the matrix is not read."""
+    a, g = on_device(torch.ones(4, 3), torch.ones(4, 2))
+    offsets = torch.tensor([-5, 2, 2**40], device=DEVICE)
+    for run in (outer_impl.gram_norms, outer_impl.tile_norms):
+        norms = torch.zeros(2, device=DEVICE)
+        run(a, g, offsets, norms)
+        assert norms.tolist() == [24.0, 24.0]
+
+
+def test_the_same_input_gives_the_same_bits():
+    lengths = LAYOUTS["ragged"]
+    rows = row_count(lengths)
+    a, g, w, offsets = on_device(
+        matrix(rows, 33, 1), matrix(rows, 40, 2), weights_of(rows), offsets_of(lengths)
+    )
+    found = []
+    for _ in range(2):
+        out = torch.zeros(40, 33, device=DEVICE)
+        outer_weighted_sum(a, g, w, out=out, backend="triton")
+        found.append(torch.cat([out.flatten(), outer_sq_norms(a, g, offsets, backend="triton")]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("block", [0, 2**32 - 5, 2**40 - 3])
+def test_cipher_words(block):
+    words = chacha20_blocks(KEY, 3, 7, block, 70, DEVICE).cpu().numpy().view(np.uint32).ravel()
+    assert np.array_equal(words, chacha20_words(KEY, stream=3, step=7, start=16 * block, count=16 * 70))
+    high = chacha20_blocks(b"\xff" * 32, 2**15 - 1, 2**48 - 1, block, 1, DEVICE).cpu().numpy().view(np.uint32)
+    assert np.array_equal(high, reference_blocks(b"\xff" * 32, 2**63 - 1, np.array([block], np.uint64)))
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 3000), (100, 1500), (256 * 2**33 + 3, 257), (7, 0)])
+def test_normals_are_those_of_the_cpu_bit_for_bit(start, count):
+    expected = gaussian_noise(count, start=start, **PLACE)
+    found = gaussian_noise(count, start=start, **PLACE, device=DEVICE, backend="triton")
+    assert torch.equal(found.cpu(), expected)
+    tensor = torch.linspace(-1, 1, count)
+    added = add_gaussian_noise_(tensor.to(DEVICE), start=start, noise_std=2.5, **PLACE, backend="triton")
+    assert torch.equal(added.cpu(), add_gaussian_noise_(tensor, start=start, noise_std=2.5, **PLACE))
+
+
+def test_rare_radii_are_refined_as_on_the_cpu():
+    words = reference_blocks(KEY, 3 << 48 | 7, np.arange(1 << 15, dtype=np.uint64))[:, :8]
+    block, pair = np.nonzero(words < RARE)
+    assert len(block) > 1, "the sample holds too few rare radii to test anything"
+    for b, j in list(zip(block.tolist(), pair.tolist(), strict=True))[:4]:
+        start = b // 16 * 256 + j * 16 + b % 16
+        expected = gaussian_noise(1, start=start, **PLACE)
+        assert abs(float(expected)) > 0
+        assert torch.equal(
+            gaussian_noise(1, start=start, **PLACE, device=DEVICE, backend="triton").cpu(), expected
+        )
+
+
+def buffers(length: int) -> list[Tensor]:
+    made = [torch.randn(length, generator=generator(seed)) for seed in range(3)]
+    return [*made, torch.rand(length, generator=generator(3))]
+
+
+@pytest.mark.parametrize(("noise_std", "length"), list(itertools.product((0.0, 1.3), (0, 1, 700))))
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_is_that_of_the_cpu_bit_for_bit(noise_std, length, decoupled):
+    ours, theirs = [t.to(DEVICE) for t in buffers(length)], buffers(length)
+    for step in (1, 2):
+        for tensors, backend in ((ours, "triton"), (theirs, "cpp")):
+            tensors[1].copy_(torch.randn(length, generator=generator(10 + step)))
+            noisy_adam_(
+                *tensors,
+                key=KEY,
+                stream=1,
+                step=step,
+                start=77,
+                noise_std=noise_std,
+                grad_scale=0.1,
+                lr=1e-2,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                weight_decay=0.1,
+                decoupled=decoupled,
+                adam_step=step,
+                backend=backend,
+            )
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("noise_std", "length"), [(0.0, 700), (1.3, 1), (1.3, 700)])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"), [(0.0, 0.0, False), (0.9, 0.5, False), (0.8, 0.0, True)]
+)
+def test_sgd_is_that_of_the_cpu_bit_for_bit(noise_std, length, momentum, dampening, nesterov):
+    ours, theirs = [t.to(DEVICE) for t in buffers(length)[:3]], buffers(length)[:3]
+    # The first step must write the buffer without reading it.
+    ours[2], theirs[2] = (
+        torch.full_like(t, float("nan")) if momentum else None for t in (ours[2], theirs[2])
+    )
+    for step in (0, 1):
+        for tensors, backend in ((ours, "triton"), (theirs, "cpp")):
+            tensors[1].copy_(torch.randn(length, generator=generator(10 + step)))
+            noisy_sgd_(
+                *tensors,
+                key=KEY,
+                stream=1,
+                step=step,
+                start=77,
+                noise_std=noise_std,
+                grad_scale=0.1,
+                lr=1e-2,
+                momentum=momentum,
+                dampening=dampening,
+                nesterov=nesterov,
+                weight_decay=0.1,
+                first_step=step == 0,
+                backend=backend,
+            )
+    assert all(a is b is None or torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))

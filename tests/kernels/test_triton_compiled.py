@@ -1,0 +1,54 @@
+"""What the compiler makes of the Triton kernels for an H200, which need not be here: read off the instructions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="the package triton cannot be imported here"
+    ),
+]
+MULTIPLYING = ("_gram_kernel", "_tile_kernel", "_sum_kernel")
+
+
+@pytest.fixture(scope="module")
+def listings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Of each kernel, what stands in the code of each of its cases. Every kernel has a case, and compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, "-P", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_no_product_of_fp32_is_tf32(listings):
+    """Three digits of a norm would be three digits of the sensitivity."""
+    assert not [name for name, cases in listings.items() for case in cases if case["tf32"]]
+    for name in MULTIPLYING:
+        assert {case["mma"] for case in listings[name] if case["operands"] == "fp32"} == {False}
+        # The same look finds tensor instructions where they are wanted.
+        assert {case["mma"] for case in listings[name] if case["operands"] == "bf16"} == {True}
+
+
+def test_nothing_is_added_in_the_order_of_arrival(listings):
+    assert not [name for name, cases in listings.items() for case in cases if case["atomic"]]
+
+
+def test_noise_and_updates_are_unfused_and_rounded_as_on_the_cpu(listings):
+    """That is what makes them the same bits there."""
+    for name in ("_noise_kernel", "_adam_kernel", "_adam_silent_kernel", "_sgd_kernel", "_sgd_silent_kernel"):
+        assert not [case for case in listings[name] if case["approximate"] or case["fused_fp32"]], name
+    assert any(case["fused_fp32"] for name in MULTIPLYING for case in listings[name])

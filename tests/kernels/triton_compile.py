@@ -1,0 +1,140 @@
+"""Compiles every Triton kernel for a device that need not be there, and prints what came of it as JSON.
+
+A script of its own: in a process in which Triton interprets, nothing can be compiled. One entry per kernel and choice
+of its compile-time arguments, with the instructions that tell how it multiplies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+H200 = GPUTarget("cuda", 90, 32)
+MODULES = [
+    "_triton",
+    *(f"{name}.triton_impl" for name in ("outer", "diagonal", "scatter", "noise", "update")),
+]
+BF16 = {"a_ptr": "*bf16", "g_ptr": "*bf16", "rows_ptr": "*bf16", "x_ptr": "*bf16"}
+POINTERS = {
+    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(("slots_ptr", "out_words_ptr"), "*i32"),
+    **dict.fromkeys(("partials_ptr", "fragments_ptr"), "*fp64"),
+}
+FLOATS = {
+    *(
+        "noise_std",
+        "keep",
+        "l2",
+        "grad_scale",
+        "gain1",
+        "beta2",
+        "gain2",
+        "step_size",
+        "bias2_sqrt_inv",
+        "eps",
+    ),
+    *("weight_decay", "lr", "momentum", "gain", "from_grad", "from_buffer", "lost_a", "lost_g"),
+}
+FP32_PARTIALS = {"_sum_kernel", "_join_kernel"}
+# Compile-time arguments; a pointer that is None is one too. Both operand types where a kernel multiplies.
+CASES: dict[str, list[dict[str, Any]]] = {
+    "_slots_kernel": [{"STEP": 16, "BLOCK": 64}],
+    "_totals_kernel": [
+        {"STEP": 0, "BLOCK": 64},
+        {"STEP": 16, "BLOCK": 64},
+        {"STEP": 0, "BLOCK": 64, "offsets_ptr": None},
+    ],
+    "_rank1_kernel": [
+        {"BR": 8, "BK": 128, "roots_ptr": None, "squares_ptr": None},
+        {"BR": 8, "BK": 128},
+        {"BR": 8, "BK": 16, "products_ptr": None, "squares_ptr": None},
+    ],
+    "_gram_kernel": [{"BT": 16, "BK": 32}, {"BT": 64, "BK": 32, "num_warps": 8}],
+    "_tile_kernel": [{"BP": 64, "BD": 64, "BT": 16, "grads_ptr": None}, {"BP": 16, "BD": 16, "BT": 32}],
+    "_sum_kernel": [{"BP": 64, "BD": 64, "BK": 16}, {"BP": 16, "BD": 16, "BK": 32}],
+    "_join_kernel": [{"BP": 64, "BD": 64}],
+    "_scale_kernel": [{"BLOCK": 1024}],
+    "_rows_kernel": [{"BR": 8, "BP": 256, "factors_ptr": None}, {"BR": 8, "BP": 16}],
+    "_units_kernel": [{"BR": 64, "BP": 64, "factors_ptr": None}, {"BR": 1, "BP": 16}],
+    "_pieces_kernel": [{"BR": 32, "BP": 128, "factors_ptr": None}, {"BR": 1, "BP": 16}],
+    "_columns_kernel": [{"BP": 128}],
+    "_runs_kernel": [
+        {"SPAN": 32, "BP": 256, "SQUARE": True, "weights_ptr": None},
+        {"SPAN": 32, "BP": 16, "SQUARE": False},
+    ],
+    "_seams_kernel": [{"SPAN": 32, "BP": 256, "SQUARE": True}, {"SPAN": 32, "BP": 16, "SQUARE": False}],
+    "_noise_kernel": [{"GROUPS": 4, "FILL": fill, "num_warps": 2} for fill in (True, False)],
+    "_words_kernel": [{"BLOCKS": 64}],
+    "_adam_kernel": [{"GROUPS": 4, "num_warps": 2}],
+    "_adam_silent_kernel": [{"BLOCK": 1024}],
+    "_sgd_kernel": [
+        {"GROUPS": 4, "FIRST": False, "num_warps": 2},
+        {"GROUPS": 4, "FIRST": True, "buffer_ptr": None, "num_warps": 2},
+    ],
+    "_sgd_silent_kernel": [{"BLOCK": 1024, "FIRST": True}, {"BLOCK": 1024, "FIRST": False, "buffer_ptr": None}],
+}  # fmt: skip
+
+
+def kernels() -> Iterator[tuple[str, Any]]:
+    """(name, kernel) of everything that is launched, wherever it was written."""
+    for module in MODULES:
+        loaded = importlib.import_module(f"synthward.kernels.{module}")
+        for name, value in vars(loaded).items():
+            if name.endswith("_kernel") and value.fn.__module__ == loaded.__name__:
+                yield name, value
+
+
+def compiled(name: str, kernel: Any, case: dict[str, Any], operands: dict[str, str]) -> dict[str, Any]:
+    constants = {key: value for key, value in case.items() if key != "num_warps"}
+    if "SPLIT" in kernel.arg_names:
+        constants["SPLIT"] = bool(operands)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        elif not argument.endswith("_ptr"):
+            signature[argument] = "i32"
+        elif argument == "partials_ptr" or argument == "fragments_ptr":
+            signature[argument] = "*fp32" if name in FP32_PARTIALS else "*fp64"
+        else:
+            signature[argument] = operands.get(argument) or POINTERS.get(argument, "*fp32")
+    options = {
+        "num_warps": case.get("num_warps", 4),
+        "enable_fp_fusion": not {"k0", "grad_ptr"} & set(kernel.arg_names),
+    }
+    made = triton.compile(ASTSource(kernel, signature, constants), target=H200, options=options)
+    text = made.asm["ptx"]
+    return {
+        "operands": "bf16" if operands else "fp32",
+        "tf32": "tf32" in text,
+        "mma": bool(re.search(r"\bw?g?mma", text)),
+        "approximate": sorted(
+            set(re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx)\S*", text))
+        ),
+        "fused_fp32": bool(re.search(r"\bfma\.\S*f32", text)),
+        "atomic": bool(re.search(r"\b(?:atom|red)\.", text)),
+    }
+
+
+def main() -> None:
+    found = dict(kernels())
+    assert found.keys() == CASES.keys(), f"without a case, or gone: {found.keys() ^ CASES.keys()}"
+    result = {}
+    for name, cases in CASES.items():
+        reads = set(found[name].arg_names) & BF16.keys() - ({"x_ptr"} if name != "_scale_kernel" else set())
+        operands = [{}, {key: BF16[key] for key in reads}] if reads else [{}]
+        result[name] = [compiled(name, found[name], case, types) for case in cases for types in operands]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
