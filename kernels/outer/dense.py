@@ -1,7 +1,7 @@
 """Outer family by dense products: the ways to a norm that the engine's planner chooses between.
 
-Plain functions of contiguous fp32 matrices in CPU memory have compiled kernels (csrc/core/gemm.inl); anything else
-takes the same way in torch.
+Contiguous fp32 matrices in CPU memory have compiled kernels (csrc/core/gemm.inl), those on a CUDA device Triton's;
+anything else takes the same way in torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synthward import _C
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, maybe_view, threads, use_cpp, view, written
+from synthward.kernels._select import Backend, choose, maybe_view, threads, view, written
 from synthward.kernels.outer.reference import scale_rows
 
 Method = Literal["gram", "tile"]
@@ -44,7 +44,12 @@ def rank1_norms(
     _check.same_rows(output_grads, len(activations), "output_grads")
     _check.flat_float(sq_norms, "sq_norms", len(activations))
     _check.flat_float(row_sums, "row_sums", len(activations))
-    if use_cpp(backend, activations, output_grads, sq_norms, row_sums):
+    chosen = choose(backend, activations, output_grads, written=(sq_norms, row_sums))
+    if chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        return triton_impl.rank1_norms(activations, output_grads, sq_norms, row_sums)
+    if chosen == "cpp":
         squares = torch.zeros_like(sq_norms)
         arrays = (view(activations), view(output_grads), view(sq_norms), view(row_sums), view(squares))
         _C.rank1_norms(*arrays, threads())
@@ -84,7 +89,14 @@ def outer_norms(
     _check.flat_float(row_sums, "row_sums", units)
     if method not in ("gram", "tile"):
         raise ValueError(f"method: got {method!r}, expected 'gram' or 'tile'")
-    if use_cpp(backend, activations, output_grads, offsets, sq_norms, row_sums):
+    chosen = choose(backend, activations, output_grads, offsets, written=(sq_norms, row_sums))
+    if chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        run = triton_impl.gram_norms if method == "gram" else triton_impl.tile_norms
+        run(activations, output_grads, offsets, sq_norms, row_sums)
+        return
+    if chosen == "cpp":
         arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
         if method == "gram":
             _C.gram_norms(*arrays, threads())
@@ -112,7 +124,13 @@ def outer_unit_grads(
     numel = activations.shape[1] * output_grads.shape[1]
     grads = torch.empty(units, numel, dtype=torch.float32, device=activations.device)
     sq_norms, row_sums = grads.new_zeros(units), grads.new_zeros(units)
-    if use_cpp(backend, activations, output_grads, offsets):
+    chosen = choose(backend, activations, output_grads, offsets)
+    if chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        triton_impl.tile_norms(activations, output_grads, offsets, sq_norms, row_sums, grads)
+        return grads, sq_norms, row_sums
+    if chosen == "cpp":
         arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
         _C.tile_norms(*arrays, view(grads), threads())
         return grads, sq_norms, row_sums
@@ -146,7 +164,13 @@ def outer_sum(
     _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
     if bias is not None:
         _check.flat_float(bias, "bias", output_grads.shape[1])
-    if use_cpp(backend, activations, output_grads, row_weights, out, bias):
+    chosen = choose(backend, activations, output_grads, row_weights, written=(out, bias))
+    if chosen == "triton":
+        from synthward.kernels.outer import triton_impl
+
+        triton_impl.outer_sum(activations, output_grads, row_weights, out, bias)
+        return
+    if chosen == "cpp":
         arrays = (view(activations), view(output_grads), view(row_weights), view(out), maybe_view(bias))
         _C.outer_sum(*arrays, threads())
         written(out, bias)

@@ -24,6 +24,7 @@ from synthward.kernels._triton import (
     slot_rows,
     slots,
 )
+from synthward.kernels.diagonal.triton_impl import diagonal_weighted_sum
 
 # What an inner product of n terms may lose to underflow is below n times this (flushed to zero, or denormal).
 _TINY = 2.0**-126
@@ -299,10 +300,17 @@ def tile_norms(
     written(sq_norms, row_sums)
 
 
-def outer_sum(activations: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor) -> None:
-    """``out += sum_n w_n g_n a_n^T``: equal shares of the work for every processor (stream-K), then the seams."""
+def outer_sum(
+    activations: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor, bias: Tensor | None = None
+) -> None:
+    """``out += sum_n w_n g_n a_n^T``: equal shares of the work for every processor (stream-K), then the seams.
+
+    ``bias += sum_n w_n g_n``, if given, by a pass of its own over the output gradients.
+    """
     a, g = _pair(activations, output_grads)
     rows, d, p = len(a), a.shape[1], g.shape[1]
+    if bias is not None:
+        diagonal_weighted_sum(g, row_weights, None, bias)
     if 0 in (rows, d, p):
         return
     bp, bd = block(p, 16, 64), block(d, 16, 128 if a.element_size() == 2 else 64)

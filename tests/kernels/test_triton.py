@@ -23,8 +23,12 @@ from synthward.kernels import (
     gaussian_noise,
     noisy_adam_,
     noisy_sgd_,
+    outer_norms,
     outer_sq_norms,
+    outer_sum,
+    outer_unit_grads,
     outer_weighted_sum,
+    rank1_norms,
     scale_rows,
     scatter_sq_norms,
     scatter_weighted_sum,
@@ -205,6 +209,30 @@ def test_outer_sum(rows, d, p, dtype):
     out = start.to(DEVICE)
     assert outer_weighted_sum(*on_device(a, g, w), out=out, backend="triton") is out
     assert_sum(out, expected, magnitude + start.double().abs(), rows)
+
+
+def test_the_functions_that_the_engine_plans_with_come_here_too():
+    lengths = LAYOUTS["ragged"]
+    rows, units = row_count(lengths), len(lengths)
+    a, g, w, offsets = on_device(
+        matrix(rows, 17, 1), matrix(rows, 33, 2), weights_of(rows), offsets_of(lengths)
+    )
+    exact = sq_norms([outer_gradient(a.cpu(), g.cpu(), unit) for unit in segments(lengths, rows)])
+    for method in ("gram", "tile"):
+        norms, sums = torch.zeros(units, device=DEVICE), torch.zeros(units, device=DEVICE)
+        outer_norms(a, g, offsets, norms, sums, method=method, backend="triton")
+        assert_close(norms.cpu(), exact, 1e-5)
+    grads, formed, formed_sums = outer_unit_grads(a, g, offsets, backend="triton")
+    assert torch.equal(formed, norms) and torch.equal(formed_sums, sums)
+    assert_close(grads.cpu().double().square().sum(1).float(), exact, 1e-5)
+    single = torch.zeros(rows, device=DEVICE)
+    squares = rank1_norms(a, g, single, torch.zeros(rows, device=DEVICE), backend="triton")
+    assert_close(single.cpu() / squares.cpu(), a.cpu().double().square().sum(1), 1e-5)
+    out, bias = torch.zeros(33, 17, device=DEVICE), torch.ones(33, device=DEVICE)
+    outer_sum(a, g, w, out=out, bias=bias, backend="triton")
+    scaled = g.cpu().double() * w.cpu().double().unsqueeze(1)
+    assert_sum(out, scaled.t() @ a.cpu().double(), scaled.abs().t() @ a.cpu().double().abs(), rows)
+    assert_sum(bias, 1 + scaled.sum(0), 1 + scaled.abs().sum(0), 2)
 
 
 @pytest.mark.parametrize(("rows", "p"), [(0, 3), (1, 1), (13, 131), (300, 40)])
