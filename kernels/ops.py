@@ -1,0 +1,216 @@
+"""The operations as torch custom ops, ``torch.ops.synthward.*``, so that `torch.compile` keeps its graph whole.
+
+Importing this module registers them. Each is the function of its name in `synthward.kernels` with the same shapes and
+errors, and these differences, which a schema asks for: every output is an argument that is written, optional ones too;
+only new tensors are returned; `backend` is any string; the noise key is a tensor.
+
+The key is uint8 [32] in CPU memory and not bytes: a constant would be written into the compiled graph, and with it
+into the compiler's cache on disk. Nothing here has a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from synthward import kernels
+from synthward.kernels._select import Backend
+from synthward.kernels.outer.dense import Method
+
+
+@custom_op("synthward::outer_sq_norms", mutates_args=("out",))
+def outer_sq_norms(
+    activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor, backend: str = "auto"
+) -> None:
+    kernels.outer_sq_norms(activations, output_grads, offsets, out=out, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::outer_weighted_sum", mutates_args=("out",))
+def outer_weighted_sum(
+    activations: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor, backend: str = "auto"
+) -> None:
+    who = cast(Backend, backend)
+    kernels.outer_weighted_sum(activations, output_grads, row_weights, out=out, backend=who)
+
+
+@custom_op("synthward::rank1_norms", mutates_args=("sq_norms", "row_sums"))
+def rank1_norms(
+    activations: Tensor, output_grads: Tensor, sq_norms: Tensor, row_sums: Tensor, backend: str = "auto"
+) -> Tensor:
+    who = cast(Backend, backend)
+    return kernels.rank1_norms(activations, output_grads, sq_norms, row_sums, backend=who)
+
+
+@custom_op("synthward::outer_norms", mutates_args=("sq_norms", "row_sums"))
+def outer_norms(
+    activations: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor,
+    method: str,
+    backend: str = "auto",
+) -> None:
+    who, way = cast(Backend, backend), cast(Method, method)
+    kernels.outer_norms(activations, output_grads, offsets, sq_norms, row_sums, method=way, backend=who)
+
+
+@custom_op("synthward::outer_sum", mutates_args=("out", "bias"))
+def outer_sum(
+    activations: Tensor,
+    output_grads: Tensor,
+    row_weights: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    who = cast(Backend, backend)
+    kernels.outer_sum(activations, output_grads, row_weights, out=out, bias=bias, backend=who)
+
+
+@custom_op("synthward::diagonal_sq_norms", mutates_args=("out",))
+def diagonal_sq_norms(
+    rows: Tensor, offsets: Tensor | None, factors: Tensor | None, out: Tensor, backend: str = "auto"
+) -> None:
+    kernels.diagonal_sq_norms(rows, offsets, factors=factors, out=out, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::diagonal_weighted_sum", mutates_args=("out",))
+def diagonal_weighted_sum(
+    rows: Tensor, row_weights: Tensor, factors: Tensor | None, out: Tensor, backend: str = "auto"
+) -> None:
+    kernels.diagonal_weighted_sum(rows, row_weights, factors=factors, out=out, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::scatter_sq_norms", mutates_args=("out",))
+def scatter_sq_norms(
+    ids: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor, backend: str = "auto"
+) -> None:
+    kernels.scatter_sq_norms(ids, output_grads, offsets, out=out, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::scatter_weighted_sum", mutates_args=("out",))
+def scatter_weighted_sum(
+    ids: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor, backend: str = "auto"
+) -> None:
+    kernels.scatter_weighted_sum(ids, output_grads, row_weights, out=out, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::add_gaussian_noise_", mutates_args=("tensor",))
+def add_gaussian_noise_(
+    tensor: Tensor, key: Tensor, stream: int, step: int, start: int, noise_std: float, backend: str = "auto"
+) -> None:
+    kernels.add_gaussian_noise_(
+        tensor,
+        key=_bytes(key),
+        stream=stream,
+        step=step,
+        start=start,
+        noise_std=noise_std,
+        backend=cast(Backend, backend),
+    )
+
+
+@custom_op("synthward::noisy_adam_", mutates_args=("param", "summed_grad", "exp_avg", "exp_avg_sq"))
+def noisy_adam_(
+    param: Tensor,
+    summed_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    key: Tensor,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    grad_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    adam_step: int,
+    backend: str = "auto",
+) -> None:
+    kernels.noisy_adam_(
+        *(param, summed_grad, exp_avg, exp_avg_sq),
+        key=_bytes(key),
+        stream=stream,
+        step=step,
+        start=start,
+        noise_std=noise_std,
+        grad_scale=grad_scale,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        adam_step=adam_step,
+        backend=cast(Backend, backend),
+    )
+
+
+@custom_op("synthward::noisy_sgd_", mutates_args=("param", "summed_grad", "momentum_buffer"))
+def noisy_sgd_(
+    param: Tensor,
+    summed_grad: Tensor,
+    momentum_buffer: Tensor | None,
+    key: Tensor,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    grad_scale: float,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    first_step: bool,
+    backend: str = "auto",
+) -> None:
+    kernels.noisy_sgd_(
+        *(param, summed_grad, momentum_buffer),
+        key=_bytes(key),
+        stream=stream,
+        step=step,
+        start=start,
+        noise_std=noise_std,
+        grad_scale=grad_scale,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        first_step=first_step,
+        backend=cast(Backend, backend),
+    )
+
+
+def _bytes(key: Tensor) -> bytes:
+    if key.dtype != torch.uint8 or key.device.type != "cpu":
+        raise TypeError(f"key: got {key.dtype} on {key.device}, expected torch.uint8 in CPU memory")
+    return bytes(key.tolist())
+
+
+@rank1_norms.register_fake
+def _(
+    activations: Tensor, output_grads: Tensor, sq_norms: Tensor, row_sums: Tensor, backend: str = "auto"
+) -> Tensor:
+    return torch.empty_like(sq_norms)
+
+
+def _writes_only(*_inputs: object, **_options: object) -> None:
+    """All that a trace needs to know of an operation that returns nothing."""
+
+
+for _operation in (
+    *(outer_sq_norms, outer_weighted_sum, outer_norms, outer_sum),
+    *(diagonal_sq_norms, diagonal_weighted_sum, scatter_sq_norms, scatter_weighted_sum),
+    *(add_gaussian_noise_, noisy_adam_, noisy_sgd_),
+):
+    _operation.register_fake(_writes_only)

@@ -1,0 +1,132 @@
+"""The custom ops: what they declare is what they do, and a compiled function with them is one graph."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from synthward import kernels
+from synthward.kernels import ops
+from tests.kernels.cases import generator, matrix
+
+KEY = torch.arange(32, dtype=torch.uint8)
+A, G = matrix(6, 5, 1), matrix(6, 7, 2)
+OFFSETS = torch.tensor([0, 1, 1, 4, 6])
+IDS = torch.tensor([1, -1, 0, 1, 2, 2])
+WEIGHTS = torch.tensor([0.5, 0.0, 1.0, 0.25, 1.0, 0.0])
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+NOISE = (KEY, 1, 5, 3, 0.7)
+CALLS = {
+    "outer_sq_norms": (A, G, OFFSETS, zeros(4)),
+    "outer_weighted_sum": (A, G, WEIGHTS, zeros(7, 5)),
+    "rank1_norms": (A, G, zeros(6), zeros(6)),
+    "outer_norms": (A, G, OFFSETS, zeros(4), zeros(4), "gram"),
+    "outer_sum": (A, G, WEIGHTS, zeros(7, 5), zeros(7)),
+    "diagonal_sq_norms": (G, OFFSETS, G.flip(0), zeros(4)),
+    "diagonal_weighted_sum": (G, WEIGHTS, None, zeros(7)),
+    "scatter_sq_norms": (IDS, G, None, zeros(6)),
+    "scatter_weighted_sum": (IDS, G, WEIGHTS, zeros(3, 7)),
+    "add_gaussian_noise_": (zeros(9), *NOISE),
+    "noisy_adam_": (
+        zeros(9),
+        zeros(9),
+        zeros(9),
+        zeros(9),
+        *NOISE,
+        0.1,
+        0.1,
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        False,
+        1,
+    ),
+    "noisy_sgd_": (zeros(9), zeros(9), None, *NOISE, 0.1, 0.1, 0.0, 0.0, False, 0.0, True),
+}
+
+
+def test_every_op_is_called_here():
+    made = [name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)]
+    assert set(made) - {"_operation"} == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_an_op_does_what_it_declares(name, backend):
+    arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in CALLS[name])
+    opcheck(getattr(torch.ops.synthward, name).default, arguments, {"backend": backend})
+
+
+def private_step(
+    a: Tensor, g: Tensor, ids: Tensor, offsets: Tensor, param: Tensor, key: Tensor, step: int
+) -> Tensor:
+    """Norms of two families, clipping, sums, noise and update: what one step of a layer and a table does."""
+    units = offsets.shape[0] - 1
+    norms = torch.zeros(units)
+    ops.outer_sq_norms(a, g, offsets, norms)
+    ops.diagonal_sq_norms(g, offsets, None, norms)
+    ops.scatter_sq_norms(ids, g, offsets, norms)
+    factors = (1.0 / norms.sqrt()).clamp(max=1.0)
+    weights = factors.nan_to_num(0.0).repeat_interleave(offsets.diff(), output_size=a.shape[0])
+    weight, bias, table = torch.zeros(7, 5), torch.zeros(7), torch.zeros(3, 7)
+    ops.outer_sum(a, g, weights, weight, bias)
+    ops.scatter_weighted_sum(ids, g, weights, table)
+    summed = torch.cat([weight.flatten(), bias, table.flatten()])
+    ops.noisy_sgd_(param, summed, None, key, 0, step, 0, 0.5, 0.25, 0.1, 0.0, 0.0, False, 0.0, True)
+    return norms
+
+
+def run_steps(function: object) -> list[Tensor]:
+    param = torch.randn(63, generator=generator())
+    norms = [function(A, G, IDS, OFFSETS, param, KEY, step) for step in range(3)]
+    return [param, *norms]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for inductor here"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside inductor
+def test_a_private_step_compiles_to_one_graph(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    compiled = torch.compile(private_step, fullgraph=True, backend=backend)
+    for found, expected in zip(run_steps(compiled), run_steps(private_step), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert run_steps(private_step)[0].isfinite().all()
+    # What the compiler keeps on disk may not hold the noise key.
+    kept = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert kept or backend == "aot_eager"
+    assert not any(bytes(KEY.tolist()) in content or str(KEY.tolist()).encode() in content for content in kept)
+
+
+def test_the_key_is_checked():
+    with pytest.raises(TypeError, match=r"^key: "):
+        ops.add_gaussian_noise_(zeros(3), KEY.float(), 0, 0, 0, 1.0)
+    with pytest.raises(ValueError, match=r"^key: "):
+        ops.add_gaussian_noise_(zeros(3), KEY[:31], 0, 0, 0, 1.0)
+
+
+def test_the_ops_noise_is_that_of_the_function():
+    found, key = zeros(300), bytes(range(32))
+    ops.add_gaussian_noise_(found, KEY, 1, 5, 3, 1.0)
+    assert torch.equal(found, kernels.gaussian_noise(300, key=key, stream=1, step=5, start=3))
