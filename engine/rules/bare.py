@@ -242,7 +242,7 @@ def _check(state: CaptureState, values: list[Tensor], operation: str, options: d
     tracked = [value for value in values if state.target(value) is not None]
     if options.get("out") is not None:
         state.refuse(tracked[0], operation, "out= is not supported")
-    out = torch.broadcast_shapes(*(value.shape for value in values))
+    out: torch.Size = torch.broadcast_shapes(*(v.shape for v in values))  # type: ignore[no-untyped-call]
     for value in tracked:
         _check_place(state, value, out, operation)
     _check_data(state, values, out, operation)

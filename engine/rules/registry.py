@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
-from synthward.engine.rules import bare, conv
+from synthward.engine.rules import bare, conv, matmul
 from synthward.engine.rules.embedding import embedding
 from synthward.engine.rules.layer_norm import layer_norm
 from synthward.engine.rules.linear import linear
@@ -21,6 +21,7 @@ HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     F.embedding: embedding,
     **conv.HANDLERS,
     **bare.HANDLERS,
+    **matmul.HANDLERS,
 }
 
 HINTS = {
