@@ -22,6 +22,7 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
 from synthward.engine.ledger import Ledger
 from synthward.engine.plan import PrivacyPlan
+from synthward.engine.planner import Explanation
 from synthward.engine.spec import PerfSpec
 from synthward.engine.step import DPStep
 
@@ -81,6 +82,11 @@ class PrivateTrainer:
     def steps_done(self) -> int:
         """Logical steps applied so far, those before a checkpoint included."""
         return self._steps_done
+
+    def explain(self) -> Explanation:
+        """How the norm of each parameter was taken in the last step: method, floating-point operations, bytes
+        moved, extra memory. Printed as a table."""
+        return self._step.planner.explain()
 
     @contextmanager
     def capture(self) -> Iterator[None]:

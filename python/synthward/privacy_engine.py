@@ -22,8 +22,9 @@ from synthward.engine.errors import CheckpointError, ConfigError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
 from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
+from synthward.engine.planner import Explanation
 from synthward.engine.session import PrivateOptimizer, PrivateSession
-from synthward.engine.spec import ClipSpec, NoiseSpec, SamplingSpec, check_positive
+from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec, SamplingSpec, check_positive
 from synthward.engine.step import DPStep
 
 logger = logging.getLogger("synthward")
@@ -64,6 +65,7 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
+        perf: PerfSpec | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """Make a training loop private; returns module (the same object), optimizer and loader.
 
@@ -85,12 +87,13 @@ class PrivacyEngine:
                 if None.
             unit_ids: one integer id per row of the data set: the loader then draws whole units, and forward
                 and backward run under `with engine.units():`.
+            perf: how the step is computed: memory for norms, their method, what is kept and how (`PerfSpec`).
 
         Raises:
             ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
         """
         sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise_multiplier, sampling)
+        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise_multiplier, sampling, perf)
         return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None)
 
     def make_private_with_epsilon(
@@ -109,6 +112,7 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
+        perf: PerfSpec | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """As `make_private`, with the least noise that keeps `epochs` passes within the target.
 
@@ -127,7 +131,7 @@ class PrivacyEngine:
             self.accountant.kind,
             other_events=self.accountant.events,
         )
-        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling)
+        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
         return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps)
 
     def units(self, ids: Tensor | Sequence[int] | None = None) -> AbstractContextManager[None]:
@@ -139,6 +143,11 @@ class PrivacyEngine:
         if not self._sessions:
             raise ConfigError("units: call make_private first")
         return self._sessions[-1].units(None if ids is None else torch.as_tensor(ids))
+
+    def explain(self) -> Explanation:
+        """How the norm of each parameter was taken in the last step of the module made private last: method,
+        floating-point operations, bytes moved, extra memory. Printed as a table."""
+        return self._session().core.planner.explain()
 
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far at `delta`; infinite without noise. Reading it changes nothing."""
@@ -231,7 +240,12 @@ class PrivacyEngine:
         clip: ClipSpec,
         sigma: float,
         sampling: SamplingSpec,
+        perf: PerfSpec | None,
     ) -> DPStep:
+        if perf is not None and perf.keep == "recompute":
+            raise ConfigError(
+                "perf: keep='recompute' needs PrivateTrainer, which runs the second backward pass"
+            )
         if isinstance(optimizer, PrivateOptimizer):
             raise ConfigError("optimizer: is private already; give the original torch optimizer")
         if self.ledger is not None and self._sessions:
@@ -254,6 +268,7 @@ class PrivacyEngine:
             noise=noise,
             expected_batch_size=sampling.expected_batch_size,
             keys=keys,
+            perf=perf,
         )
 
     def _open(
