@@ -46,6 +46,8 @@ _FIELDS: dict[str, set[str]] = {
     "key": {"key_id", "private"},
     "recovered": {"bytes", "digest", "event"},
 }
+# Fields that a kind may have: which of several networks trained under one ledger a lease is of.
+_OPTIONAL: dict[str, set[str]] = {"lease": {"part"}, "lease_close": {"part"}}
 _COMMON = {"seq", "prev", "time", "kind", "hash"}
 
 
@@ -61,8 +63,9 @@ class Ledger:
         self.path = path
         self._descriptor: int | None = descriptor
         self._lines = lines
-        self._lease_is_ours = False
-        self._taken = 0
+        # Open leases of this process: steps taken of each part's.
+        self._taken: dict[str, int] = {}
+        self._parts = 0
         self._torn: Event | None = None
         self._pid = os.getpid()
 
@@ -162,63 +165,72 @@ class Ledger:
 
     def add_key(self, key_id: str, *, private: bool = True) -> None:
         """Note the fresh key of a resumed run; a key that was used before is refused."""
-        if self._lease_is_ours:
+        if self._taken:
             raise LedgerError(f"{self.path}: close the lease before changing the key")
         used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
         if key_id in used and private:
             raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
         self._append("key", key_id=key_id, private=private)
 
-    def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int) -> None:
+    def new_part(self) -> str:
+        """A name for the leases of one more network; the first is the empty one. Each leases by itself, and all are
+        charged here."""
+        self._parts += 1
+        return "" if self._parts == 1 else str(self._parts)
+
+    def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int, *, part: str = "") -> None:
         """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on."""
         if event.steps != 1 or steps < 1 or first_step < 0:
             raise ValueError(
                 "lease: expected the event of one step, at least one step, and a first step >= 0"
             )
-        if self._open_lease() is not None and self._lease_is_ours:
+        if part in self._taken:
             raise LedgerError(f"{self.path}: the lease before is still open")
         whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
         self._check_budget([whole])
-        self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps)
-        self._lease_is_ours, self._taken = True, 0
+        named = {"part": part} if part else {}
+        self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps, **named)
+        self._taken[part] = 0
 
-    def close_lease(self, used_steps: int) -> None:
+    def close_lease(self, used_steps: int, *, part: str = "") -> None:
         """Give back what a lease of this process did not use; steps that `covers` let pass stay charged."""
-        lease = self._open_lease()
-        if lease is None or not self._lease_is_ours:
+        lease = self._open_lease(part)
+        if lease is None or part not in self._taken:
             raise LedgerError(f"{self.path}: this process has no open lease")
         if not (_is_count(used_steps) and used_steps <= lease["steps"]):
             raise ValueError(f"used_steps: got {used_steps}, the lease holds {lease['steps']}")
-        self._append("lease_close", used=max(used_steps, self._taken))
-        self._lease_is_ours = False
+        named = {"part": part} if part else {}
+        self._append("lease_close", used=max(used_steps, self._taken[part]), **named)
+        del self._taken[part]
 
-    def covers(self, step: int, event: PoissonGaussianEvent) -> bool:
+    def covers(self, step: int, event: PoissonGaussianEvent, *, part: str = "") -> bool:
         """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step).
 
         A lease pays for each step once: True counts the step, and those before it, as taken, so that going
         back to a checkpoint and taking a step again needs a lease of its own.
         """
-        lease = self._open_lease()
-        if lease is None or not self._lease_is_ours or self._descriptor is None or self._pid != os.getpid():
+        lease = self._open_lease(part)
+        if lease is None or part not in self._taken or self._descriptor is None or self._pid != os.getpid():
             return False
         at = step - lease["first_step"]
-        if not self._taken <= at < lease["steps"] or event_from_dict(lease["event"]) != event:
+        if not self._taken[part] <= at < lease["steps"] or event_from_dict(lease["event"]) != event:
             return False
-        self._taken = at + 1
+        self._taken[part] = at + 1
         return True
 
     def events(self) -> list[Event]:
         """Everything charged so far; an unclosed lease counts whole."""
         charged: list[Event] = []
-        lease_at = -1
+        lease_at: dict[str, int] = {}
         for line in self._lines:
             if line["kind"] == "event" or (line["kind"] == "recovered" and line["event"] is not None):
                 charged.append(event_from_dict(line["event"]))
             elif line["kind"] == "lease":
-                lease_at = len(charged)
+                lease_at[line.get("part", "")] = len(charged)
                 charged.append(_steps_of(line["event"], line["steps"]))
             elif line["kind"] == "lease_close":
-                charged[lease_at] = _steps_of(charged[lease_at].to_dict(), line["used"])
+                at = lease_at[line.get("part", "")]
+                charged[at] = _steps_of(charged[at].to_dict(), line["used"])
         if self._torn is not None:
             charged.append(self._torn)
         return merge_events(charged)
@@ -252,10 +264,13 @@ class Ledger:
             self.close()
             raise LedgerError(f"{self.path}: another process is writing this ledger") from None
 
-    def _open_lease(self) -> dict[str, Any] | None:
+    def _open_lease(self, part: str) -> dict[str, Any] | None:
         # A key or a torn line is the mark of another process: only the process that leases may close.
-        ends = ("lease", "lease_close", "key", "recovered")
-        last = next((x for x in reversed(self._lines) if x["kind"] in ends), None)
+        def ends(line: dict[str, Any]) -> bool:
+            is_own = line["kind"] in ("lease", "lease_close") and line.get("part", "") == part
+            return is_own or line["kind"] in ("key", "recovered")
+
+        last = next((line for line in reversed(self._lines) if ends(line)), None)
         return last if last is not None and last["kind"] == "lease" else None
 
     def _check_budget(self, more: list[Event]) -> None:
@@ -336,7 +351,8 @@ class Ledger:
         try:
             line = json.loads(text)
             kind = line["kind"]
-            if set(line) != _COMMON | _FIELDS[kind] or _canonical(line) != text:
+            fields = set(line) - (_OPTIONAL.get(kind, set()) & set(line))
+            if fields != _COMMON | _FIELDS[kind] or _canonical(line) != text:
                 raise ValueError("has unknown or missing fields")
             prev = self._lines[-1]["hash"] if self._lines else _START
             if line["seq"] != len(self._lines) or line["prev"] != prev:
@@ -363,8 +379,10 @@ class Ledger:
                 raise ValueError("leases something else than single steps")
             if not (_is_count(line["steps"]) and line["steps"] >= 1 and _is_count(line["first_step"])):
                 raise ValueError("leases no steps")
+        if "part" in line and not (isinstance(line["part"], str) and line["part"]):
+            raise ValueError("names no part")
         if kind == "lease_close":
-            lease = self._open_lease()
+            lease = self._open_lease(line.get("part", ""))
             if lease is None or not (_is_count(line["used"]) and line["used"] <= lease["steps"]):
                 raise ValueError("closes no lease")
 

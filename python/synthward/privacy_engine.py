@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,29 @@ logger = logging.getLogger("synthward")
 _LEASE_STEPS = 100
 
 
+@dataclass
+class _Lease:
+    """What one module has leased of the ledger."""
+
+    part: str
+    start: int = 0
+    steps: int = 0
+
+    def close(self, ledger: Ledger, step: int) -> None:
+        """Give back what was not used by logical step `step`. A step before the lease (of a checkpoint loaded in
+        between) has used nothing that the ledger does not know of."""
+        if self.steps:
+            ledger.close_lease(min(max(step - self.start, 0), self.steps), part=self.part)
+            self.steps = 0
+
+
 class PrivacyEngine:
     """Makes modules, optimizers and loaders private, and accounts for what they release.
 
     Args:
         accountant: "pld" (default), "rdp" or "prv".
-        ledger: where each step is charged before it is released, or None (the accountant's memory alone).
+        ledger: where each step is charged before it is released, or None (the accountant's memory alone). Several
+            modules, of one engine or of several, may share one: `ledger.epsilon()` is then that of all of them.
         seed: None for keys from the operating system. A number makes noise and draws reproducible by
             anybody who knows it: for tests, not private.
     """
@@ -48,7 +66,7 @@ class PrivacyEngine:
         self.accountant = Accountant(accountant)
         self.ledger, self._seed = ledger, seed
         self._sessions: list[PrivateSession] = []
-        self._lease_start = self._leased = 0
+        self._leases: list[_Lease] = []
         self._epsilons: dict[tuple[object, float], float] = {}
 
     def make_private(
@@ -183,25 +201,23 @@ class PrivacyEngine:
             self.accountant.compose(event)
 
     def close(self) -> None:
-        """Give back what the ledger's last lease did not use; without it the lease stays charged whole."""
-        if self.ledger is not None and self._sessions and self._leased:
-            self.ledger.close_lease(self._sessions[-1].steps_done - self._lease_start)
-            self._leased = 0
+        """Give back what the ledger's last leases did not use; without it they stay charged whole."""
+        if self.ledger is not None:
+            for lease, session in zip(self._leases, self._sessions, strict=True):
+                lease.close(self.ledger, session.steps_done)
 
     def _session(self) -> PrivateSession:
         if not self._sessions:
             raise ConfigError("call make_private first")
         return self._sessions[-1]
 
-    def _charge(self, event: PoissonGaussianEvent, step: int, max_steps: int | None) -> None:
+    def _charge(self, event: PoissonGaussianEvent, step: int, max_steps: int | None, lease: _Lease) -> None:
         """Write the step down before anything of it is released."""
-        if self.ledger is not None and not self.ledger.covers(step, event):
-            if self._leased:
-                self.ledger.close_lease(step - self._lease_start)
-                self._leased = 0
+        if self.ledger is not None and not self.ledger.covers(step, event, part=lease.part):
+            lease.close(self.ledger, step)
             count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
-            self.ledger.lease(event, step, count)
-            self._lease_start, self._leased = step, count
+            self.ledger.lease(event, step, count, part=lease.part)
+            lease.start, lease.steps = step, count
         self.accountant.compose(event)
 
     def _sampling(
@@ -248,11 +264,6 @@ class PrivacyEngine:
             )
         if isinstance(optimizer, PrivateOptimizer):
             raise ConfigError("optimizer: is private already; give the original torch optimizer")
-        if self.ledger is not None and self._sessions:
-            raise ConfigError(
-                "a ledger follows one module: make a second engine, with its own ledger, for the second "
-                "module"
-            )
         # Each module has its own keys: two noise streams or two samplers never share words.
         keys = (
             KeySchedule.from_os()
@@ -285,16 +296,18 @@ class PrivacyEngine:
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
             private_loader = PoissonLoader(loader, sampling.sample_rate, self._keys.key("sampler"), ids)
+        lease = _Lease("" if self.ledger is None else self.ledger.new_part())
         event = PoissonGaussianEvent(sampling.sample_rate, core.noise.noise_multiplier, 1)
         session = PrivateSession(
             core,
             loss_reduction=loss_reduction,
             loader=private_loader,
             units_required=unit_ids is not None,
-            charge=lambda step: self._charge(event, step, max_steps),
+            charge=lambda step: self._charge(event, step, max_steps, lease),
             max_steps=max_steps,
         )
         self._sessions.append(session)
+        self._leases.append(lease)
         return (
             core.module,
             PrivateOptimizer(session, core.optimizer),
