@@ -105,10 +105,11 @@ def _totals_kernel(
             base = first // STEP + unit
             end = last // STEP + unit + 1
     total = tl.zeros((BLOCK,), tl.float64)
-    for layer in range(planes):
+    for _layer in range(planes):
         for at in range(base, end, BLOCK):
             place = at + tl.arange(0, BLOCK)
-            total += tl.load(partials_ptr + layer * plane + place, mask=place < end, other=0.0)
+            total += tl.load(partials_ptr + place, mask=place < end, other=0.0)
+        partials_ptr += plane
     # Rounding may leave a small negative number where rows cancel; a comparison keeps NaN.
     whole = tl.sum(total, axis=0)
     whole = tl.where(whole < 0.0, 0.0, whole)

@@ -87,8 +87,10 @@ def _columns_kernel(partials_ptr, out_ptr, pieces, p, BP: tl.constexpr):
     """Add the pieces to `out`, in the order of the rows."""
     col = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     total = tl.load(out_ptr + col, mask=col < p, other=0.0).to(tl.float64)
-    for piece in range(pieces):
-        total += tl.load(partials_ptr + piece * p + col, mask=col < p, other=0.0)
+    place = partials_ptr + col
+    for _piece in range(pieces):
+        total += tl.load(place, mask=col < p, other=0.0)
+        place += p
     tl.store(out_ptr + col, total.to(tl.float32), mask=col < p)
 
 

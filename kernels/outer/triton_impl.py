@@ -6,6 +6,9 @@ bf16 or fp16 are exact in the fp32 accumulator. Squares are added up in fp64.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +28,31 @@ from synthward.kernels._triton import (
     slots,
 )
 from synthward.kernels.diagonal.triton_impl import diagonal_weighted_sum
+
+
+class Blocks(NamedTuple):
+    """Shape of one program of a kernel. It follows from shapes, never from a timing: same input, same bits."""
+
+    p: int
+    d: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def gradient_blocks(bytes_each: int, d: int, p: int) -> Blocks:
+    """Of `tile_norms` and `outer_sum`: p x d of the gradient, from so many rows at a time."""
+    if bytes_each == 2:
+        across = block(d, 16, 128)
+        return Blocks(block(p, 16, 64), across, 32, 8 if across == 128 else 4, 3)
+    return Blocks(block(p, 16, 64), block(d, 16, 64), 16, 4, 3)
+
+
+def gram_blocks(rows: int, units: int) -> Blocks:
+    """Of `gram_norms`: rows against rows of a unit, 32 columns of either operand at a time."""
+    size = block(ceil_div(rows, units), 16, 64)
+    return Blocks(32, 32, size, 8 if size == 64 else 4, 3)
+
 
 # What an inner product of n terms may lose to underflow is below n times this (flushed to zero, or denormal).
 _TINY = 2.0**-126
@@ -253,15 +281,17 @@ def gram_norms(
     rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
     if 0 in (rows, d, p, units):
         return
-    size = block(ceil_div(rows, units), 16, 64)
+    shape = gram_blocks(rows, units)
+    size = shape.rows
     with on(a):
         of_slots = slots(offsets, rows, size)
         partials = torch.empty(len(of_slots), dtype=torch.float64, device=a.device)
         _gram_kernel[(len(of_slots),)](
             *(a, g, offsets, of_slots, partials, rows, units, d, p, d * _TINY, p * _TINY),
             BT=size,
-            BK=32,
-            num_warps=8 if size == 64 else 4,
+            BK=shape.d,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **FUSED,
         )
         add_totals(sq_norms, partials, offsets=offsets, rows=rows, step=size)
@@ -282,17 +312,18 @@ def tile_norms(
     rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
     if 0 in (d, p, units):
         return
-    bp, bd = block(p, 16, 64), block(d, 16, 128 if a.element_size() == 2 else 64)
-    across = ceil_div(d, bd)
-    tiles = ceil_div(p, bp) * across
+    shape = gradient_blocks(a.element_size(), d, p)
+    across = ceil_div(d, shape.d)
+    tiles = ceil_div(p, shape.p) * across
     with on(a):
         partials = torch.empty(units * tiles, dtype=torch.float64, device=a.device)
         _tile_kernel[(units * tiles,)](
             *(a, g, offsets, partials, grads, rows, d, p, tiles, across),
-            BP=bp,
-            BD=bd,
-            BT=16 if a.element_size() == 4 else 32,
-            num_warps=8 if bp * bd >= 8192 else 4,
+            BP=shape.p,
+            BD=shape.d,
+            BT=shape.rows,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **FUSED,
         )
         add_totals(sq_norms, partials)
@@ -313,14 +344,13 @@ def outer_sum(
         diagonal_weighted_sum(g, row_weights, None, bias)
     if 0 in (rows, d, p):
         return
-    bp, bd = block(p, 16, 64), block(d, 16, 128 if a.element_size() == 2 else 64)
-    bk = 16 if a.element_size() == 4 else 32
-    across, steps = ceil_div(d, bd), ceil_div(rows, bk)
-    tiles = ceil_div(p, bp) * across
+    shape = gradient_blocks(a.element_size(), d, p)
+    across, steps = ceil_div(d, shape.d), ceil_div(rows, shape.rows)
+    tiles = ceil_div(p, shape.p) * across
     share = ceil_div(tiles * steps, processors(a) * 2)
     programs = ceil_div(tiles * steps, share)
     with on(a):
-        fragments = torch.empty(2 * programs * bp * bd, dtype=torch.float32, device=a.device)
+        fragments = torch.empty(2 * programs * shape.p * shape.d, dtype=torch.float32, device=a.device)
         _sum_kernel[(programs,)](
             *(
                 a,
@@ -336,14 +366,15 @@ def outer_sum(
                 tiles * steps,
                 share,
             ),
-            BP=bp,
-            BD=bd,
-            BK=bk,
+            BP=shape.p,
+            BD=shape.d,
+            BK=shape.rows,
             SPLIT=a.dtype == torch.bfloat16,
-            num_warps=8 if bp * bd >= 8192 else 4,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **FUSED,
         )
-        _join_kernel[(tiles,)](fragments, out, d, p, across, steps, share, BP=bp, BD=bd, **FUSED)
+        _join_kernel[(tiles,)](fragments, out, d, p, across, steps, share, BP=shape.p, BD=shape.d, **FUSED)
     written(out)
 
 
@@ -390,7 +421,7 @@ def _add_row_sums(a: Tensor, g: Tensor, offsets: Tensor, row_sums: Tensor | None
 
 def _gram_cost(length: float, d: int, p: int) -> float:
     """Multiply-adds of a unit of `length` rows, whole tiles of the upper triangle counted."""
-    size = block(ceil_div(int(length) + 1, 1), 16, 64)
+    size = gram_blocks(math.ceil(length), 1).rows
     strips = -(-length // size)
     return strips * (strips + 1) / 2 * size * size * (d + p)
 

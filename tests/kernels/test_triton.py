@@ -34,6 +34,7 @@ from synthward.kernels import (
     scatter_weighted_sum,
 )
 from synthward.kernels._chacha import RARE, reference_blocks
+from synthward.kernels._select import choose, use_cpp
 from synthward.kernels._triton import INTERPRETED
 from synthward.kernels.noise.triton_impl import chacha20_blocks
 from synthward.kernels.outer import triton_impl as outer_impl
@@ -316,6 +317,19 @@ def test_a_unit_that_is_not_finite_is_alone(bad, name):
     for before, after in zip(clean, all_norms(), strict=True):
         assert not torch.isfinite(after[victim])
         assert torch.equal(before[others], after[others])
+
+
+def test_who_executes():
+    x = torch.ones(4, 3)
+    assert choose("auto", x, written=(x,)) == "cpp", "the interpreter is never chosen"
+    assert choose("triton", *on_device(x)) == "triton"
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        use_cpp("triton", x)
+    if not INTERPRETED:
+        assert choose("auto", x.to(DEVICE)) == "triton"
+        assert choose("auto", x.to(DEVICE).double()) == "reference"
+    with pytest.raises(ValueError, match="backend 'triton' needs"):
+        choose("triton", x.to("meta"))
 
 
 def test_strided_inputs_are_taken_and_strided_outputs_refused():
