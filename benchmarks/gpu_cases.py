@@ -1,0 +1,353 @@
+"""What `benchmarks.gpu` runs: operands, the call, the result in float64, and what the call must read and multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from synthward.kernels import gaussian_noise, noisy_adam_
+from synthward.kernels.diagonal import triton_impl as diagonal
+from synthward.kernels.noise import triton_impl as noise
+from synthward.kernels.outer import triton_impl as outer
+from synthward.kernels.scatter import triton_impl as scatter
+from synthward.kernels.update import triton_impl as update
+
+KEY = bytes(range(32))
+# Additions, exclusive ors and rotations of 20 rounds, over the 16 normals of a block.
+CIPHER_OPERATIONS = 20 * 4 * 12 / 16
+UPDATE = {"key": KEY, "stream": 0, "step": 1, "start": 0, "noise_std": 1.0, "grad_scale": 0.01, "lr": 1e-3}
+ADAM = {**UPDATE, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "decoupled": True}
+SGD = {
+    **UPDATE,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.01,
+    "first_step": False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one shape.
+
+    `run` leaves its result in `result`; `exact` gives what it should be, float64, and the size of the terms that were
+    added up, which the error is measured in.
+    """
+
+    name: str
+    shape: str
+    run: Callable[[], object]
+    result: Callable[[], Tensor]
+    exact: Callable[[], tuple[Tensor, Tensor]]
+    tolerance: float
+    bytes: float
+    flops: float = 0.0
+    dtype: torch.dtype = torch.float32
+    operations: float = 0.0
+    clear: list[Tensor] = field(default_factory=list)
+
+
+class Maker:
+    """Random operands on one device, the same for the same seed."""
+
+    def __init__(self, device: str, small: bool) -> None:
+        self.device, self.small = device, small
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def size(self, large: int, small: int) -> int:
+        return small if self.small else large
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(rows, columns, generator=self.generator, device=self.device).to(dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
+
+    def weights(self, rows: int) -> Tensor:
+        return torch.rand(rows, generator=self.generator, device=self.device)
+
+    def offsets(self, units: int, length: int, ragged: bool) -> Tensor:
+        if not ragged:
+            return torch.arange(units + 1, device=self.device) * length
+        cuts = torch.randint(
+            0, units * length + 1, (units - 1,), generator=self.generator, device=self.device
+        )
+        ends = torch.tensor([0, units * length], device=self.device)
+        return torch.cat([ends[:1], cuts.sort().values, ends[1:]])
+
+
+def all_cases(device: str, *, small: bool) -> Iterator[Callable[[], Case]]:
+    """Functions that make one case each, so that the operands of one are freed before the next is made."""
+    make = Maker(device, small)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield lambda dtype=dtype: rank1(make, dtype)
+        for method, units, length, d, p in (
+            ("gram", make.size(4096, 3), 16, make.size(512, 40), make.size(512, 24)),
+            ("gram", make.size(512, 2), make.size(64, 20), make.size(1024, 40), make.size(1024, 24)),
+            ("tile", make.size(64, 2), make.size(512, 40), make.size(768, 40), make.size(768, 24)),
+            ("tile", make.size(8, 1), make.size(8192, 70), make.size(768, 40), make.size(768, 24)),
+        ):
+            for ragged in (False, True):
+                yield lambda m=method, u=units, t=length, d=d, p=p, r=ragged, y=dtype: norms(
+                    make, m, u, t, d, p, r, y
+                )
+        yield lambda dtype=dtype: outer_sum(make, dtype)
+        yield lambda dtype=dtype: scaled_rows(make, dtype)
+        yield lambda dtype=dtype: diagonal_norms(make, dtype)
+        yield lambda dtype=dtype: diagonal_sum(make, dtype)
+        yield lambda dtype=dtype: scatter_norms(make, dtype)
+        yield lambda dtype=dtype: scatter_sum(make, dtype)
+    yield lambda: added_noise(make)
+    yield lambda: adam(make)
+    yield lambda: sgd(make)
+
+
+def rank1(make: Maker, dtype: torch.dtype) -> Case:
+    rows, d, p = make.size(65536, 20), make.size(1024, 40), make.size(1024, 24)
+    a, g = make.matrix(rows, d, dtype), make.matrix(rows, p, dtype)
+    out, sums = make.zeros(rows), make.zeros(rows)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        product = a.double().square().sum(1) * g.double().square().sum(1)
+        return product, product
+
+    return Case(
+        *(
+            "rank1_norms",
+            f"{rows} rows, {d} x {p}",
+            lambda: outer.rank1_norms(a, g, out, sums),
+            lambda: out,
+            exact,
+        ),
+        tolerance=1e-6,
+        bytes=a.nbytes + g.nbytes + 20 * rows,
+        dtype=dtype,
+        clear=[out, sums],
+    )
+
+
+def norms(
+    make: Maker, method: str, units: int, length: int, d: int, p: int, ragged: bool, dtype: torch.dtype
+) -> Case:
+    rows = units * length
+    a, g = make.matrix(rows, d, dtype), make.matrix(rows, p, dtype)
+    offsets, out = make.offsets(units, length, ragged), make.zeros(units)
+    run = outer.gram_norms if method == "gram" else outer.tile_norms
+    lengths = offsets.diff().double()
+
+    def exact() -> tuple[Tensor, Tensor]:
+        ends = offsets.tolist()
+        found, sums = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        for unit in range(units):
+            x, y = a[ends[unit] : ends[unit + 1]].double(), g[ends[unit] : ends[unit + 1]].double()
+            found[unit] = (y.T @ x).square().sum()
+            sums[unit] = (x.norm(dim=1) * y.norm(dim=1)).sum()
+        return found, sums.square()
+
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    return Case(
+        *(f"{method}_norms", f"{units} units of {'on average ' if ragged else ''}{length}, {d} x {p}"),
+        *(lambda: run(a, g, offsets, out), lambda: out, exact),
+        tolerance=2.0**-22 * (length if method == "tile" else max(d, p)),
+        bytes=a.nbytes + g.nbytes,
+        flops=2 * pairs * (d + p) if method == "gram" else 2.0 * rows * d * p,
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def outer_sum(make: Maker, dtype: torch.dtype) -> Case:
+    rows, d, p = make.size(65536, 90), make.size(1024, 70), make.size(1024, 40)
+    a, g, w, out = (
+        make.matrix(rows, d, dtype),
+        make.matrix(rows, p, dtype),
+        make.weights(rows),
+        make.zeros(p, d),
+    )
+
+    def exact() -> tuple[Tensor, Tensor]:
+        scaled = g.double() * w.double().unsqueeze(1)
+        return scaled.T @ a.double(), scaled.abs().T @ a.double().abs()
+
+    return Case(
+        *("outer_sum", f"{rows} rows, {d} x {p}", lambda: outer.outer_sum(a, g, w, out), lambda: out, exact),
+        tolerance=2.0**-23 * rows,
+        bytes=a.nbytes + g.nbytes + 2 * out.nbytes,
+        # Three products of bf16 make one of a scaled gradient that keeps all of its bits.
+        flops=2.0 * rows * d * p * (3 if dtype == torch.bfloat16 else 1),
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def scaled_rows(make: Maker, dtype: torch.dtype) -> Case:
+    rows, p = make.size(131072, 20), make.size(1024, 24)
+    x, w = make.matrix(rows, p, dtype), make.weights(rows)
+    kept: list[Tensor] = [x]
+
+    def run() -> None:
+        kept[0] = outer.scale_rows(x, w)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        product = x.double() * w.double().unsqueeze(1)
+        return product, product.abs()
+
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-23
+    return Case(
+        *("scale_rows", f"{rows} x {p}", run, lambda: kept[0], exact), tolerance=tolerance, bytes=2 * x.nbytes
+    )
+
+
+def diagonal_norms(make: Maker, dtype: torch.dtype) -> Case:
+    units, length, p = make.size(1024, 3), make.size(256, 20), make.size(1024, 40)
+    rows, factors = make.matrix(units * length, p, dtype), make.matrix(units * length, p, dtype)
+    offsets, out = make.offsets(units, length, True), make.zeros(units)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        found = torch.zeros(units, p, dtype=torch.float64, device=out.device)
+        unit = torch.searchsorted(offsets[1:], torch.arange(len(rows), device=out.device), right=True)
+        found.index_add_(0, unit, rows.double() * factors.double())
+        return found.square().sum(1), found.square().sum(1)
+
+    return Case(
+        *("diagonal_sq_norms", f"{units} units of on average {length}, {p}"),
+        *(lambda: diagonal.diagonal_sq_norms(rows, offsets, factors, out), lambda: out, exact),
+        tolerance=1e-6,
+        bytes=rows.nbytes + factors.nbytes,
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def diagonal_sum(make: Maker, dtype: torch.dtype) -> Case:
+    count, p = make.size(262144, 50), make.size(1024, 40)
+    rows, factors = make.matrix(count, p, dtype), make.matrix(count, p, dtype)
+    w, out = make.weights(count), make.zeros(p)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        product = rows.double() * factors.double() * w.double().unsqueeze(1)
+        return product.sum(0), product.abs().sum(0)
+
+    return Case(
+        *("diagonal_weighted_sum", f"{count} rows of {p}"),
+        *(lambda: diagonal.diagonal_weighted_sum(rows, w, factors, out), lambda: out, exact),
+        tolerance=1e-6,
+        bytes=rows.nbytes + factors.nbytes,
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def _ids(make: Maker, rows: int, table: int) -> Tensor:
+    """Codes as records have them: a few make up most of the rows."""
+    uniform = torch.rand(rows, generator=make.generator, device=make.device)
+    return (table ** uniform.double() - 1).long().clamp(max=table - 1)
+
+
+def scatter_norms(make: Maker, dtype: torch.dtype) -> Case:
+    units, length, p = make.size(512, 3), make.size(512, 30), make.size(768, 40)
+    ids, g = _ids(make, units * length, 50_000), make.matrix(units * length, p, dtype)
+    offsets, out = make.offsets(units, length, True), make.zeros(units)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        unit = torch.searchsorted(offsets[1:], torch.arange(len(ids), device=ids.device), right=True)
+        keys, place = torch.unique(unit * 50_000 + ids, return_inverse=True)
+        sums = torch.zeros(len(keys), p, dtype=torch.float64, device=ids.device).index_add_(
+            0, place, g.double()
+        )
+        found = torch.zeros(units, dtype=torch.float64, device=ids.device)
+        found.index_add_(0, keys // 50_000, sums.square().sum(1))
+        return found, found
+
+    return Case(
+        *("scatter_sq_norms", f"{units} units of on average {length}, {p}"),
+        *(lambda: scatter.scatter_sq_norms(ids, g, offsets, out), lambda: out, exact),
+        tolerance=1e-6,
+        bytes=ids.nbytes + g.nbytes,
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def scatter_sum(make: Maker, dtype: torch.dtype) -> Case:
+    rows, p, table = make.size(262144, 90), make.size(768, 40), make.size(50_000, 7)
+    ids, g, w = _ids(make, rows, table), make.matrix(rows, p, dtype), make.weights(rows)
+    out = make.zeros(table, p)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        product = g.double() * w.double().unsqueeze(1)
+        zeros = torch.zeros(table, p, dtype=torch.float64, device=ids.device)
+        return zeros.clone().index_add_(0, ids, product), zeros.index_add_(0, ids, product.abs())
+
+    return Case(
+        *("scatter_weighted_sum", f"{rows} rows into {table} x {p}"),
+        *(lambda: scatter.scatter_weighted_sum(ids, g, w, out), lambda: out, exact),
+        tolerance=1e-6,
+        bytes=ids.nbytes + g.nbytes + 8 * p * len(ids.unique()),
+        dtype=dtype,
+        clear=[out],
+    )
+
+
+def added_noise(make: Maker) -> Case:
+    count = make.size(1 << 28, 700)
+    out = make.zeros(count)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        # The compiled kernel in CPU memory, bit for bit.
+        z = gaussian_noise(count, key=KEY, stream=0, step=1).to(out.device)
+        return z.double(), torch.ones(1, device=out.device).double()
+
+    return Case(
+        *("add_gaussian_noise_", f"{count} elements"),
+        *(lambda: noise.add_gaussian_noise_(out, KEY, 0, 1, 0, 1.0), lambda: out, exact),
+        tolerance=0.0,
+        bytes=8 * count,
+        operations=CIPHER_OPERATIONS * count,
+        clear=[out],
+    )
+
+
+def adam(make: Maker) -> Case:
+    count = make.size(1 << 27, 700)
+    start = [make.matrix(1, count, torch.float32).flatten() for _ in range(3)] + [make.weights(count)]
+    tensors = [t.clone() for t in start]
+
+    def exact() -> tuple[Tensor, Tensor]:
+        here = [t.cpu() for t in start]
+        noisy_adam_(*here, **ADAM, adam_step=3, backend="cpp")
+        return here[0].to(tensors[0].device).double(), torch.ones(1, device=tensors[0].device).double()
+
+    def run() -> None:
+        update.noisy_adam_(*tensors, **ADAM, bias1=1 - 0.9**3, bias2=1 - 0.999**3)
+
+    return Case(
+        *("noisy_adam_", f"{count} parameters", run, lambda: tensors[0], exact),
+        tolerance=0.0,
+        bytes=32 * count,
+        operations=CIPHER_OPERATIONS * count,
+    )
+
+
+def sgd(make: Maker) -> Case:
+    count = make.size(1 << 27, 700)
+    tensors = [make.matrix(1, count, torch.float32).flatten() for _ in range(3)]
+    start = [t.clone() for t in tensors]
+
+    def exact() -> tuple[Tensor, Tensor]:
+        z = gaussian_noise(count, key=KEY, stream=0, step=1).to(tensors[0].device).double()
+        param, grad, buffer = (t.double() for t in start)
+        buffer = 0.9 * buffer + (grad + z) * 0.01 + 0.01 * param
+        return param - 1e-3 * buffer, param.abs() + buffer.abs()
+
+    return Case(
+        *("noisy_sgd_", f"{count} parameters, momentum"),
+        *(lambda: update.noisy_sgd_(*tensors, **SGD), lambda: tensors[0], exact),
+        tolerance=2.0**-21,
+        bytes=24 * count,
+        operations=CIPHER_OPERATIONS * count,
+    )
