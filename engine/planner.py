@@ -100,7 +100,8 @@ class Planner:
         self._note(position, way)
         if way.method != "materialise":
             return chosen.by(way.method), layout
-        self._used += max(way.memory, 0.0)
+        # What is freed makes room for others.
+        self._used += way.memory
         return chosen.materialise(layout), layout.units
 
     def _choose(self, ways: list[Way], device: torch.device) -> Way:

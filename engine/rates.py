@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def _name(device: torch.device) -> str:
     return f"{_VERSION} {_processor()} {cpu_isa()} {torch.get_num_threads()}"
 
 
+@lru_cache(maxsize=1)
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

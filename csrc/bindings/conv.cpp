@@ -28,6 +28,9 @@ ConvShape read_shape(const Numbers& numbers) {
   return v;
 }
 
+// Elements that a thread adds up over the parts at a time.
+constexpr int64_t kColumns = 16384;
+
 int64_t product(const int64_t* sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 int64_t grad_floats(const ConvShape& v) { return v.groups * v.outputs * product(v.kernel) * v.channels; }
 
@@ -46,8 +49,8 @@ float* written_to(Floats& out, int64_t length, const char* name, const Floats& x
 }
 
 void conv_norms(const Numbers& numbers, const Floats& x, const Floats& g, const Longs& offsets,
-                const std::optional<Longs>& order, Floats& out, Floats& row_sums, std::optional<Floats>& grads,
-                int threads) {
+                const std::optional<Longs>& order, std::optional<Floats>& out,
+                std::optional<Floats>& row_sums, std::optional<Floats>& grads, int threads) {
   const ConvShape v = read_shape(numbers);
   const float *px = input(x, "images", 2), *pg = input(g, "output_grads", 2);
   check_rows(v, x, g);
@@ -63,8 +66,13 @@ void conv_norms(const Numbers& numbers, const Floats& x, const Floats& g, const 
     for (int64_t n = 0; n < rows; ++n)
       if (po[n] < 0 || po[n] >= rows) refuse("order", "names a row that is not there");
   }
-  float *to = written_to(out, units, "out", x, g), *sums = written_to(row_sums, units, "row_sums", x, g);
-  check_apart(out, row_sums, "row_sums");
+  if (out.has_value() != row_sums.has_value()) refuse("row_sums", "and out go together");
+  float *to = nullptr, *sums = nullptr;
+  if (out) {
+    to = written_to(*out, units, "out", x, g);
+    sums = written_to(*row_sums, units, "row_sums", x, g);
+    check_apart(*out, *row_sums, "row_sums");
+  }
   float* pm = nullptr;
   if (grads) {
     pm = output(*grads, "grads", 2);
@@ -76,7 +84,9 @@ void conv_norms(const Numbers& numbers, const Floats& x, const Floats& g, const 
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
   const int64_t scratch = table.conv_scratch(&v);
-  parallel_for(units, 1, threads, [=, &table, &v](int64_t f, int64_t t) {
+  // Some units a piece: the border of the images is cleared once for each.
+  parallel_for(units, std::max<int64_t>(1, units / (8 * std::max(1, threads))), threads,
+               [=, &table, &v](int64_t f, int64_t t) {
     table.conv_norms(&v, px, pg, at, po, f, t, to, sums, pm, scratch_of(scratch));
   });
 }
@@ -114,15 +124,16 @@ void conv_sum(const Numbers& numbers, const Floats& x, const Floats& g, const Fl
   const int64_t scratch = table.conv_scratch(&v);
   const int64_t most = std::max<int64_t>(2, (int64_t{1} << 21) / numel);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({16, most, rows}));
-  std::vector<float> partial(static_cast<size_t>(parts * numel));
-  float* const found = partial.data();
+  float* const found = parts_of(parts * numel);
   parallel_for(parts, 1, threads, [=, &table, &v](int64_t f, int64_t t) {
     for (int64_t i = f; i < t; ++i)
       table.conv_sum(&v, px, pg, pw, i * rows / parts, (i + 1) * rows / parts, found + i * numel,
                      scratch_of(scratch));
   });
-  for (int64_t i = 0; i < parts; ++i)
-    for (int64_t j = 0; j < numel; ++j) to[j] += found[i * numel + j];
+  parallel_for(numel, kColumns, threads, [=](int64_t f, int64_t t) {
+    for (int64_t i = 0; i < parts; ++i)
+      for (int64_t j = f; j < t; ++j) to[j] += found[i * numel + j];
+  });
 }
 
 }  // namespace
@@ -131,7 +142,8 @@ void bind_conv(py::module_& m) {
   using py::arg;
   const auto fixed = [](const char* name) { return arg(name).noconvert(); };
   m.def("conv_norms", &conv_norms, arg("shape"), fixed("images"), fixed("output_grads"), fixed("offsets"),
-        fixed("order").none(true), fixed("out"), fixed("row_sums"), fixed("grads").none(true), arg("threads"));
+        fixed("order").none(true), fixed("out").none(true), fixed("row_sums").none(true), fixed("grads").none(true),
+        arg("threads"));
   m.def("conv_gram_norms", &conv_gram_norms, arg("shape"), fixed("images"), fixed("output_grads"), fixed("out"),
         fixed("row_sums"), arg("threads"));
   m.def("conv_sum", &conv_sum, arg("shape"), fixed("images"), fixed("output_grads"), fixed("row_weights"),

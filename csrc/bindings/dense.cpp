@@ -115,8 +115,7 @@ void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& 
   int64_t pieces = 0, splits = 0, scratch = 0;
   table.outer_sum_layout(n, d, p, &pieces, &splits, &scratch);
   const int64_t each = p * d + p;
-  std::vector<float> partial(splits > 1 ? static_cast<size_t>(splits * each) : 0);
-  float* const parts = partial.data();
+  float* const parts = splits > 1 ? parts_of(splits * each) : nullptr;
   parallel_for(pieces, 1, threads, [=, &table](int64_t f, int64_t t) {
     for (int64_t i = f; i < t; ++i) table.outer_sum(pa, pg, pw, n, d, p, i, po, pb, parts, scratch_of(scratch));
   });

@@ -30,10 +30,8 @@ SYNTHWARD_INLINE void inside(const ConvShape& v, int axis, int64_t* first, int64
   *last = v.size[axis] < end ? v.size[axis] : end;
 }
 
-// The image [channels][depth][height][width] into `to` [reach...][channels], with zeros around; the sum of squares.
-static double load_image(const ConvShape& v, const float* image, float* to) {
-  const int64_t total = image_floats(v);
-  for (int64_t i = 0; i < total; ++i) to[i] = 0.0f;
+// The image [channels][depth][height][width] into `to` [reach...][channels]; what is around it stays as it is.
+static void load_image(const ConvShape& v, const float* image, float* to) {
   int64_t z0, z1, y0, y1, x0, x1;
   inside(v, 0, &z0, &z1);
   inside(v, 1, &y0, &y1);
@@ -54,7 +52,23 @@ static double load_image(const ConvShape& v, const float* image, float* to) {
       for (int64_t c = c4; c < v.channels; ++c)
         for (int64_t x = x0; x < x1; ++x) row[x * v.channels + c] = from[c * plane + x];
     }
-  return row_sq_norm(to, total);
+}
+
+// A little more than the sum of squares, in single precision: for a bound.
+SYNTHWARD_INLINE double above_sq_norm(const float* x, int64_t count) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    each<4>(SYNTHWARD_BODY(k) {
+      const vf part = load(x + i + k.value * LANES);
+      sums[k.value] = multiply_add(part, part, sums[k.value]);
+    });
+  double total = 0.0;
+  for (; i < count; ++i) total += (double)x[i] * (double)x[i];
+  const vf all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int l = 0; l < LANES; ++l) total += (double)all[l];
+  // A term goes through count / (4 LANES) additions, of a rounding of 2^-24 each; LANES is at least 4.
+  return total * (1.0 + (double)count * 4e-9);
 }
 
 // A run of places along the last axis of the output: its start in the padded image, and how many.
@@ -109,54 +123,65 @@ SYNTHWARD_INLINE int64_t run_start(const ConvShape& v, int64_t index) {
   return ((z * reach(v, 1) + y) * reach(v, 2) + x) * v.channels;
 }
 
-// c [outputs][grad_width] += weight x the gradient of one image. panels: BLOCK x outputs, rounded up.
-static void add_image_grad(const ConvShape& v, const float* image, const float* g, float weight, float* c, float* panels) {
+// Images whose places are taken together in one chain of sums: as many as fit in a block.
+SYNTHWARD_INLINE int64_t images_together(const ConvShape& v) {
+  const int64_t fit = BLOCK / volume(v.out);
+  return fit < 1 ? 1 : fit;
+}
+
+// c [outputs][grad_width] += the sum of weight x gradient over `n` images, which lie one after the other, all of whose
+// places fit in a block unless n is 1. g: their output gradients. panels: BLOCK x outputs, rounded up.
+static void add_image_grads(const ConvShape& v, const float* images, int64_t n, const float* const* g,
+                            const float* weights, float* c, float* panels) {
   const int64_t places = volume(v.out), width = grad_width(v), columns = run_columns(v);
   const int64_t run_width = round_up(columns, PANEL), step = v.stride[2] * v.channels;
-  const Columns left{g, places};
   Segment segments[BLOCK];
   for (int64_t at = 0; at < places; at += BLOCK) {
-    const int64_t count = places - at < BLOCK ? places - at : (int64_t)BLOCK;
-    left.pack(at, count, 0, v.outputs, panels);
-    if (weight != 1.0f)
-      for (int64_t i = 0; i < round_up(v.outputs, PANEL) * count; ++i) panels[i] *= weight;
-    const int64_t n = segments_from(v, at, count, segments);
+    const int64_t each = places - at < BLOCK ? places - at : (int64_t)BLOCK, count = each * n;
+    int64_t found = 0;
+    for (int64_t b = 0; b < n; ++b) {
+      const Columns left{g[b], places};
+      for (int64_t i = 0; i < v.outputs; i += PANEL) {
+        float* const to = panels + i * count + b * each * PANEL;
+        left.pack(at, each, i, v.outputs - i < PANEL ? v.outputs - i : (int64_t)PANEL, to);
+        if (weights && weights[b] != 1.0f)
+          for (int64_t k = 0; k < each * PANEL; ++k) to[k] *= weights[b];
+      }
+      const int64_t more = segments_from(v, at, each, segments + found);
+      for (int64_t s = found; s < found + more; ++s) segments[s].start += b * image_floats(v);
+      found += more;
+    }
     for (int64_t run = 0; run < runs(v); ++run) {
-      const float* const start = image + run_start(v, run);
+      const float* const start = images + run_start(v, run);
       for (int64_t j = 0; j < columns; j += PANEL)
         for (int64_t i = 0; i < v.outputs; i += TILE_ROWS)
-          multiply_segments(segments, n, panels + i / PANEL * PANEL * count + i % PANEL, start + j, step,
+          multiply_segments(segments, found, panels + i / PANEL * PANEL * count + i % PANEL, start + j, step,
                             c + i * width + run * run_width + j, width);
     }
   }
 }
 
-// Without the columns that only fill the panels: to [outputs][kernel][channels]; adds if `is_sum`.
-SYNTHWARD_INLINE void store_grad(const ConvShape& v, const float* c, float* to, bool is_sum) {
+// Without the columns that only fill the panels: to [outputs][kernel][channels].
+SYNTHWARD_INLINE void store_grad(const ConvShape& v, const float* c, float* to) {
   const int64_t columns = run_columns(v), run_width = round_up(columns, PANEL);
-  for (int64_t o = 0; o < v.outputs; ++o)
-    for (int64_t run = 0; run < runs(v); ++run, c += run_width, to += columns) {
-      if (is_sum) {
-        for (int64_t j = 0; j < columns; ++j) to[j] += c[j];
-      } else {
-        __builtin_memcpy(to, c, sizeof(float) * columns);
-      }
-    }
+  for (int64_t i = 0; i < v.outputs * runs(v); ++i, c += run_width, to += columns)
+    __builtin_memcpy(to, c, sizeof(float) * columns);
 }
 
 static int64_t conv_scratch(const ConvShape* v) {
   const int64_t high = round_up(v->outputs, PANEL);
-  return image_floats(*v) + BLOCK * high + high * grad_width(*v);
+  return images_together(*v) * image_floats(*v) + BLOCK * high + high * grad_width(*v);
 }
 
 // For units from .. to: out[u] += |G_u|^2, row_sums[u] += a bound of the sum of the norms of its places' gradients,
-// and G_u to grads [units][groups][outputs][kernel][channels] if not null. Rows are order[n] (or n) of unit offsets.
+// and G_u to grads [units][groups][outputs][kernel][channels] if not null; either of the two may be null. Rows are order[n] (or n) of unit offsets.
 static void conv_norms(const ConvShape* shape, const float* x, const float* g, const int64_t* offsets, const int64_t* order,
                        int64_t from, int64_t to, float* out, float* row_sums, float* grads, float* scratch) {
   const ConvShape& v = *shape;
   const int64_t high = round_up(v.outputs, PANEL), width = grad_width(v), places = volume(v.out);
   const int64_t pixels = volume(v.size) * v.channels, numel = v.outputs * volume(v.kernel) * v.channels;
-  float *image = scratch, *panels = image + image_floats(v), *c = panels + BLOCK * high;
+  float *image = scratch, *panels = image + images_together(v) * image_floats(v), *c = panels + BLOCK * high;
+  __builtin_memset(image, 0, sizeof(float) * image_floats(v));
   for (int64_t u = from; u < to; ++u)
     for (int64_t q = 0; q < v.groups; ++q) {
       __builtin_memset(c, 0, sizeof(float) * high * width);
@@ -164,37 +189,50 @@ static void conv_norms(const ConvShape* shape, const float* x, const float* g, c
       for (int64_t n = offsets[u]; n < offsets[u + 1]; ++n) {
         const int64_t row = order ? order[n] : n;
         const float* const rows_g = g + (row * v.groups + q) * v.outputs * places;
+        const float* const rows_x = x + (row * v.groups + q) * pixels;
+        load_image(v, rows_x, image);
         // A pixel is in at most as many patches as the kernel has places (Cauchy and Schwarz for the rest).
-        const double inputs = (double)volume(v.kernel) * load_image(v, x + (row * v.groups + q) * pixels, image);
-        lengths += __builtin_sqrt(inputs * row_sq_norm(rows_g, v.outputs * places));
-        add_image_grad(v, image, rows_g, 1.0f, c, panels);
+        if (row_sums)
+          lengths += __builtin_sqrt((double)volume(v.kernel) * above_sq_norm(rows_x, pixels) *
+                                    above_sq_norm(rows_g, v.outputs * places));
+        add_image_grads(v, image, 1, &rows_g, nullptr, c, panels);
       }
+      if (grads) store_grad(v, c, grads + (u * v.groups + q) * numel);
+      if (!row_sums) continue;
       double total = 0.0;
       const int64_t columns = run_columns(v), run_width = round_up(columns, PANEL);
       for (int64_t o = 0; o < v.outputs; ++o)
         for (int64_t run = 0; run < runs(v); ++run)
           total += sum_of_squares(c + o * width + run * run_width, columns);
       out[u] += (float)total;
-      row_sums[u] += (float)lengths;
-      if (grads) store_grad(v, c, grads + (u * v.groups + q) * numel, false);
+      row_sums[u] += (float)(lengths * 1.000001);
     }
 }
 
-// to [groups][outputs][kernel][channels] += sum over rows from .. to of w_n G_n.
+// sum [groups][outputs][kernel][channels] = the sum over rows from .. to of w_n G_n.
 static void conv_sum(const ConvShape* shape, const float* x, const float* g, const float* weights, int64_t from, int64_t to,
                      float* sum, float* scratch) {
   const ConvShape& v = *shape;
   const int64_t high = round_up(v.outputs, PANEL), width = grad_width(v), places = volume(v.out);
   const int64_t pixels = volume(v.size) * v.channels, numel = v.outputs * volume(v.kernel) * v.channels;
-  float *image = scratch, *panels = image + image_floats(v), *c = panels + BLOCK * high;
+  const int64_t together = images_together(v), floats = image_floats(v);
+  float *images = scratch, *panels = images + together * floats, *c = panels + BLOCK * high;
+  __builtin_memset(images, 0, sizeof(float) * together * floats);
   for (int64_t q = 0; q < v.groups; ++q) {
     __builtin_memset(c, 0, sizeof(float) * high * width);
-    for (int64_t row = from; row < to; ++row) {
-      if (weights[row] == 0.0f) continue;
-      load_image(v, x + (row * v.groups + q) * pixels, image);
-      add_image_grad(v, image, g + (row * v.groups + q) * v.outputs * places, weights[row], c, panels);
+    for (int64_t row = from; row < to;) {
+      const float* grads[BLOCK];
+      float factors[BLOCK];
+      int64_t n = 0;
+      for (; row < to && n < together; ++row) {
+        if (weights[row] == 0.0f) continue;
+        load_image(v, x + (row * v.groups + q) * pixels, images + n * floats);
+        grads[n] = g + (row * v.groups + q) * v.outputs * places;
+        factors[n++] = weights[row];
+      }
+      if (n > 0) add_image_grads(v, images, n, grads, factors, c, panels);
     }
-    store_grad(v, c, sum + q * numel, true);
+    store_grad(v, c, sum + q * numel);
   }
 }
 

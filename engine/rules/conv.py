@@ -42,12 +42,14 @@ class ConvUse:
     """Weight gradient of a convolution: images [N, image_numel], output_grads [N, output_numel] (`ConvShape`).
 
     `is_transposed`: a transposed one, whose output gradients are the images and whose inputs the output_grads.
+    `is_shared`: its inputs may be memory that the caller goes on using (a batch of records).
     """
 
     images: Tensor
     output_grads: Tensor
     shape: ConvShape
     is_transposed: bool = False
+    is_shared: bool = True
     method: str = "tile"
 
     @property
@@ -113,7 +115,10 @@ class ConvUse:
             ways.append(Way("gram", rows * v.groups * pairs, 0.0))
         formed = 4.0 * units * v.numel
         # Once the gradients are there, neither operand is needed any more.
-        freed = float(self.output_grads.nbytes)
+        kept, own = self.output_grads, self.images
+        if self.is_transposed:
+            kept, own = own, kept
+        freed = float(kept.nbytes) + (0.0 if self.is_shared else float(own.nbytes))
         return [*ways, Way("materialise", 0.0, 2.0 * formed, formed - freed)]
 
     def by(self, method: str) -> ConvUse:
@@ -221,7 +226,9 @@ class _Conv(torch.autograd.Function):
             shape = setting.shape(x, weight, grad)
             a = x.detach().float().contiguous()
             images, grads = (g, a) if setting.transposed else (a, g)
-            uses.append((weight_at, ConvUse(images.flatten(1), grads.flatten(1), shape, setting.transposed)))
+            is_shared = x.grad_fn is None or x._is_view()
+            use = ConvUse(images.flatten(1), grads.flatten(1), shape, setting.transposed, is_shared)
+            uses.append((weight_at, use))
         if bias_at is not None:
             places = tuple(range(2, grad.dim()))
             uses.append((bias_at, diagonal_use(ctx.state, g.sum(places), leading, forward)))

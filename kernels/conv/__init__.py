@@ -50,7 +50,9 @@ def conv_norms(
     units = _check_rows(shape, images, output_grads, offsets)
     _check.flat_float(sq_norms, "sq_norms", units)
     _check.flat_float(row_sums, "row_sums", units)
-    if method == "gram" and (shape.stride != (1, 1, 1) or order is not None or not _is_single(offsets, images)):
+    if method == "gram" and (
+        shape.stride != (1, 1, 1) or order is not None or not _is_single(offsets, images)
+    ):
         raise ValueError("method: 'gram' needs one image a unit and stride 1")
     tensors = (images, output_grads, offsets, sq_norms, row_sums, order)
     if use_cpp(backend, *tensors) and len(images):
@@ -72,8 +74,7 @@ def conv_unit_grads(
     units = _check_rows(shape, images, output_grads, offsets)
     grads = torch.empty(units, shape.numel, dtype=torch.float32, device=images.device)
     if use_cpp(backend, images, output_grads, offsets, order) and len(images):
-        unused = grads.new_zeros(2, units)
-        cpp_impl.norms(shape, images, output_grads, offsets, order, unused[0], unused[1], grads, "tile")
+        cpp_impl.norms(shape, images, output_grads, offsets, order, None, None, grads, "tile")
         return grads
     return grads.copy_(reference.unit_grads(shape, images, output_grads, offsets, order))
 

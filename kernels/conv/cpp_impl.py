@@ -15,16 +15,17 @@ def norms(
     output_grads: Tensor,
     offsets: Tensor,
     order: Tensor | None,
-    sq_norms: Tensor,
-    row_sums: Tensor,
+    sq_norms: Tensor | None,
+    row_sums: Tensor | None,
     grads: Tensor | None,
     method: str,
 ) -> None:
     numbers, rows = shape.numbers(), (view(images), view(output_grads))
     if method == "gram":
+        assert sq_norms is not None and row_sums is not None
         _C.conv_gram_norms(numbers, *rows, view(sq_norms), view(row_sums), threads())
     else:
-        arrays = (maybe_view(order), view(sq_norms), view(row_sums), maybe_view(grads))
+        arrays = tuple(maybe_view(t) for t in (order, sq_norms, row_sums, grads))
         _C.conv_norms(numbers, *rows, view(offsets), *arrays, threads())
     written(sq_norms, row_sums, grads)
 

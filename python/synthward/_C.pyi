@@ -32,8 +32,8 @@ def conv_norms(
     output_grads: _F,
     offsets: _L,
     order: _L | None,
-    out: _F,
-    row_sums: _F,
+    out: _F | None,
+    row_sums: _F | None,
     grads: _F | None,
     threads: int,
 ) -> None: ...
