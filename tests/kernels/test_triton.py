@@ -6,6 +6,8 @@ multiplies, is read off the compiled code (test_triton_compiled.py).
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -146,15 +148,16 @@ def test_single_rows_give_norms_row_sums_and_squares():
     assert_close(sums.cpu(), 1 + product.sqrt())
 
 
-@pytest.mark.parametrize("offsets", [None, [0, 2, 3]])
-def test_norms_do_not_vanish_where_one_side_is_tiny(offsets):
+@pytest.mark.parametrize("run", [outer_impl.gram_norms, outer_impl.tile_norms, outer_impl.outer_sq_norms])
+@pytest.mark.parametrize("tiny", [1e-20, 1e-23])
+def test_norms_do_not_vanish_where_one_side_is_tiny(run, tiny):
     """|a|^2 underflows and |g|^2 does not: a norm of zero would let any gradient through unclipped."""
-    a, g = torch.full((3, 9), 1e-20), torch.full((3, 9), 1e18)
-    units = segments(None, 3) if offsets is None else [slice(0, 2), slice(2, 3)]
-    exact = sq_norms([outer_gradient(a, g, unit) for unit in units])
-    offsets = None if offsets is None else torch.tensor(offsets)
-    found = outer_sq_norms(*on_device(a, g, offsets), backend="triton").cpu().double()
-    assert (found >= exact * (1 - 1e-6)).all()
+    units = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    for a, g in itertools.permutations((torch.full((6, 9), tiny), torch.full((6, 9), 1e18))):
+        exact = sq_norms([outer_gradient(a, g, unit) for unit in units])
+        found = torch.zeros(3, device=DEVICE)
+        run(*on_device(a, g, torch.tensor([0, 2, 3, 6])), found)
+        assert (found.cpu().double() >= exact * (1 - 1e-6)).all()
 
 
 @LAYOUT
