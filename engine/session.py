@@ -24,6 +24,9 @@ from synthward.engine.loader import Draw, PoissonLoader
 from synthward.engine.spec import REDUCTIONS
 from synthward.engine.step import DPStep
 
+# Steps after which a loss scale would grow.
+_NEVER = 2**31 - 1
+
 _sessions: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -47,6 +50,8 @@ class PrivateSession:
         units_required: the loader draws units of several rows, so that `units` must say which row is whose.
         charge: called with the number of the step before anything of it is released.
         max_steps: steps that a budget pays for, or None.
+        grad_scaler: what the user multiplies losses by (fp16); undone before the clip. Its scale is kept as it is:
+            one that follows overflows would make one unit's gradient depend on the others'.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class PrivateSession:
         units_required: bool,
         charge: Callable[[int], None],
         max_steps: int | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if loss_reduction not in REDUCTIONS:
             raise ConfigError(
@@ -68,7 +74,9 @@ class PrivateSession:
         _sessions[step.module] = True
         self.core, self.steps_done, self.max_steps = step, 0, max_steps
         self._is_mean, self._loader, self._units_required = loss_reduction == "mean", loader, units_required
-        self._charge = charge
+        self._charge, self.grad_scaler = charge, grad_scaler
+        if grad_scaler is not None:
+            grad_scaler.set_growth_interval(_NEVER)
         self._probe = IndependenceProbe(step.state)
         self._unit_ids: Tensor | None = None
         self._open: AbstractContextManager[None] | None = None
@@ -145,9 +153,10 @@ class PrivateSession:
         self._open = context
         forward = _Forward(rows, self._unit_ids)
         self._forwards[self.core.state.forward] = forward
-        self.core.state.batches[self.core.state.forward] = Batch(
-            self._layout(forward), float(rows) if self._is_mean else 1.0
-        )
+        scale = float(rows) if self._is_mean else 1.0
+        if self.grad_scaler is not None:
+            scale /= self.grad_scaler.get_scale()
+        self.core.state.batches[self.core.state.forward] = Batch(self._layout(forward), scale)
 
     def _leave(self, output: Any) -> None:
         if self._open is None:
@@ -300,8 +309,26 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # The same list and dictionaries: what a scheduler edits here is what the update reads.
         self.param_groups, self.state = self.original_optimizer.param_groups, self.original_optimizer.state
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then leaves scales to this class: gradients are unscaled before they are clipped.
+        return True
+
+    def _note_scaler(self) -> None:
+        """Tell the scaler of this step that nothing overflowed: a unit that did was left out, not the step."""
+        scaler = self.session.grad_scaler
+        if scaler is None:
+            raise PrivacyError(
+                "GradScaler: the losses were scaled and make_private does not know by what; give it "
+                "grad_scaler=scaler"
+            )
+        found = torch.zeros((), device=self.session.core.flat.data.device)
+        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found.device: found}
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One logical step; a closure is evaluated once, before it."""
+        if hasattr(self, "grad_scale"):
+            self._note_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -133,8 +133,10 @@ class DPStep:
         with torch.no_grad():
             if self.quantile is not None:
                 # The first index behind the parameters: no coordinate of theirs has it.
-                at = {"stream": noise.stream, "step": noise.step, "start": len(self.flat.data)}
-                self.quantile.release(float(gaussian_noise(1, key=noise.key, **at)[0]))
+                draw = gaussian_noise(
+                    1, key=noise.key, stream=noise.stream, step=noise.step, start=len(self.flat.data)
+                )
+                self.quantile.release(float(draw[0]))
             self.updater.update(noise, self._grad_scale)
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False

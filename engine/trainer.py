@@ -23,7 +23,7 @@ from synthward.engine.layout import Layout
 from synthward.engine.ledger import Ledger
 from synthward.engine.plan import PrivacyPlan
 from synthward.engine.planner import Explanation
-from synthward.engine.spec import PerfSpec
+from synthward.engine.spec import PerfSpec, check_positive
 from synthward.engine.step import DPStep
 
 
@@ -101,6 +101,7 @@ class PrivateTrainer:
         rows_per_unit: int | None = None,
         offsets: Tensor | None = None,
         unit_mask: Tensor | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
         """One backward pass over a physical batch; each unit is clipped and added to the step's sum.
 
@@ -110,6 +111,8 @@ class PrivateTrainer:
                 unit.
             offsets: or int64 [U + 1]: unit u owns rows ``offsets[u]:offsets[u + 1]``.
             unit_mask: bool [U]; a unit with False (padding) weighs nothing.
+            loss_scale: the losses are multiplied by it for the backward pass, and gradients are divided by it
+                before they are clipped (fp16; a power of two). A constant, never a function of the records.
 
         Raises:
             UnsupportedOperationError: units mix, or rows do not fit the units.
@@ -119,6 +122,7 @@ class PrivateTrainer:
         layout = self._layout(losses, rows_per_unit, offsets)
         if unit_mask is not None and (unit_mask.dtype != torch.bool or unit_mask.shape != losses.shape):
             raise ConfigError(f"unit_mask: expected bool [{len(losses)}]")
+        check_positive(loss_scale, "loss_scale")
         try:
             if layout.num_units and not losses.requires_grad:
                 raise PrivacyError(
@@ -128,9 +132,9 @@ class PrivateTrainer:
             if layout.num_units:
                 # What torch.autograd.grad left behind in the forward pass is no part of this one.
                 state.abandon()
-                state.batch = Batch(layout, 1.0, unit_mask)
+                state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)
                 self._probe.check(losses, _unit_weights(losses), layout)
-                self._backward(losses, state.batch)
+                self._backward(losses, loss_scale)
             else:
                 self._step.has_sum = True
         except BaseException:
@@ -141,8 +145,8 @@ class PrivateTrainer:
             state.batch = None
             state.reset()
 
-    def _backward(self, losses: Tensor, batch: Batch) -> None:
-        step, state, ones = self._step, self._step.state, torch.ones_like(losses)
+    def _backward(self, losses: Tensor, loss_scale: float) -> None:
+        step, state, ones = self._step, self._step.state, torch.full_like(losses, loss_scale)
         if self.perf.keep != "recompute":
             torch.autograd.backward(losses, ones)
             step.finish(state.take())

@@ -84,6 +84,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
         perf: PerfSpec | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """Make a training loop private; returns module (the same object), optimizer and loader.
 
@@ -106,13 +107,18 @@ class PrivacyEngine:
             unit_ids: one integer id per row of the data set: the loader then draws whole units, and forward
                 and backward run under `with engine.units():`.
             perf: how the step is computed: memory for norms, their method, what is kept and how (`PerfSpec`).
+            grad_scaler: the scaler whose `scale(loss).backward()` and `step(optimizer)` the loop uses (fp16). Its
+                scale stays as it is: give it an `init_scale` at which gradients neither vanish nor overflow. A
+                unit that overflows is left out of the step.
 
         Raises:
             ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
         """
         sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
         core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise_multiplier, sampling, perf)
-        return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None)
+        return self._open(
+            core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None, grad_scaler
+        )
 
     def make_private_with_epsilon(
         self,
@@ -131,6 +137,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
         perf: PerfSpec | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """As `make_private`, with the least noise that keeps `epochs` passes within the target.
 
@@ -150,7 +157,9 @@ class PrivacyEngine:
             other_events=self.accountant.events,
         )
         core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
-        return self._open(core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps)
+        return self._open(
+            core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps, grad_scaler
+        )
 
     def units(self, ids: Tensor | Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Around forward and backward: rows of equal id are one privacy unit.
@@ -291,6 +300,7 @@ class PrivacyEngine:
         poisson: bool,
         unit_ids: Sequence[int] | Tensor | None,
         max_steps: int | None,
+        grad_scaler: torch.amp.GradScaler | None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         private_loader = None
         if poisson:
@@ -305,6 +315,7 @@ class PrivacyEngine:
             units_required=unit_ids is not None,
             charge=lambda step: self._charge(event, step, max_steps, lease),
             max_steps=max_steps,
+            grad_scaler=grad_scaler,
         )
         self._sessions.append(session)
         self._leases.append(lease)
