@@ -69,8 +69,8 @@ def _classify(data: str, weight: str, out: str) -> Contraction | str:
     for name, letters in (("data", data), ("parameter", weight), ("output", out)):
         if len(set(letters)) < len(letters):
             return f"an index is repeated within the {name}"
-    batch = next((b for b in (data[:1], out[:1]) if b and b in data and b in out and b not in weight), None)
-    if batch is None:
+    batch = data[:1]
+    if not batch or batch not in out or batch in weight:
         return (
             "the first axis of the data (the batch's) must also be one of the output and none of the parameter; "
             "put the batch's axis first"
@@ -288,14 +288,11 @@ def _sum_of_product(
         return product + (input if beta == 1 else input * beta)
 
 
-def _einsum(state: CaptureState, equation: Any, *operands: Any) -> Tensor:
+def _einsum(state: CaptureState, equation: str, *operands: Any) -> Tensor:
     """Handler of ``torch.einsum`` of two operands."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    tensors = [t for t in (equation, *operands) if isinstance(t, Tensor)]
-    parameter = next(t for t in tensors if state.target(t) is not None)
-    if not isinstance(equation, str):
-        state.refuse(parameter, "einsum", "write the equation as a string")
+    parameter = next(t for t in operands if state.target(t) is not None)
     if len(operands) != 2:
         state.refuse(parameter, "einsum", "only two operands have a rule; multiply them two at a time")
     is_right = _pair(state, *operands, "einsum")
