@@ -295,7 +295,8 @@ class Contributions:
         kinds = set(families)
         if not (kinds == {OuterUse, ScatterUse} or kinds in ({OuterUse}, {ScatterUse}, {DiagonalUse})):
             return None
-        if OuterUse in kinds and len({u.activations.shape[1] for u, _ in families[OuterUse]}) > 1:
+        widths = {u.activations.shape[1] for u, _ in families.get(OuterUse, []) if isinstance(u, OuterUse)}
+        if len(widths) > 1:
             return None
         merged = [merge_uses([u for u, _ in group], [x for _, x in group]) for group in families.values()]
         return sorted(merged, key=lambda item: not isinstance(item[0], OuterUse))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Planner:
         if not hasattr(use, "ways"):
             self._note(position, Way(_family(use), 0.0, 0.0, 0.0))
             return use, layout
-        chosen: Choosable = use
+        chosen = cast("Choosable", use)
         ways = [way for way in chosen.ways(layout) if may_keep or way.method != "materialise"]
         way = self._choose(ways, use.evidence.device)
         self._note(position, way)

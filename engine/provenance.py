@@ -150,7 +150,7 @@ class Provenance:
             start = out.storage_offset() - parameter.storage_offset()
             if out.is_contiguous():
                 is_whole = start == 0 and out.numel() == parameter.numel()
-                return position if is_whole else Span(position, start, start + out.numel())
+                return position if is_whole else Span(position, int(start), int(start) + out.numel())
             if (
                 start == 0
                 and parameter.dim() == 2

@@ -22,7 +22,6 @@ from synthward.engine.rules.uses import (
     Weights,
     diagonal_use,
     is_compiled,
-    sum_chain,
 )
 from synthward.kernels import (
     SUM_BLOCK,
@@ -31,6 +30,7 @@ from synthward.kernels import (
     conv_sum,
     conv_unit_grads,
     diagonal_weighted_sum,
+    sum_chain,
 )
 
 # Places of a kernel, and pixels of an image, up to which products of pairs of places are considered.

@@ -25,8 +25,16 @@ def norms(
         assert sq_norms is not None and row_sums is not None
         _C.conv_gram_norms(numbers, *rows, view(sq_norms), view(row_sums), threads())
     else:
-        arrays = tuple(maybe_view(t) for t in (order, sq_norms, row_sums, grads))
-        _C.conv_norms(numbers, *rows, view(offsets), *arrays, threads())
+        _C.conv_norms(
+            numbers,
+            *rows,
+            view(offsets),
+            maybe_view(order),
+            maybe_view(sq_norms),
+            maybe_view(row_sums),
+            maybe_view(grads),
+            threads(),
+        )
     written(sq_norms, row_sums, grads)
 
 

@@ -27,8 +27,9 @@ def _image_grads(shape: ConvShape, images: Tensor, output_grads: Tensor) -> Tens
         taps = torch.arange(shape.kernel[axis], device=x.device) * shape.dilation[axis]
         places = torch.arange(shape.out[axis], device=x.device) * shape.stride[axis]
         index = (places.unsqueeze(1) + taps).flatten()
-        x = x.index_select(2 + axis, index).unflatten(2 + axis, (shape.out[axis], shape.kernel[axis]))
-        x = x.movedim(3 + axis, -1)
+        x = x.index_select(2 + axis, index)
+        sizes = [*x.shape[: 2 + axis], shape.out[axis], shape.kernel[axis], *x.shape[3 + axis :]]
+        x = x.view(sizes).movedim(3 + axis, -1)
     x = x.reshape(rows, shape.groups, shape.channels, shape.places, shape.taps)
     g = output_grads.double().reshape(rows, shape.groups, shape.outputs, shape.places)
     return torch.einsum("ngcpk,ngop->ngokc", x, g).reshape(rows, shape.numel)

@@ -330,8 +330,11 @@ def test_steps_are_in_the_ledger_before_they_are_released(tmp_path):
     engine.close()
     assert ledger.epsilon() == engine.get_epsilon(1e-5)
     assert sum(event.steps for event in ledger.events()) == taken
-    with pytest.raises(ConfigError, match="ledger"):
-        private(engine)
+    alone = ledger.epsilon()
+    _, _, second, _ = private(engine, noise_multiplier=1.0)
+    second.step()
+    engine.close()
+    assert ledger.epsilon() == engine.get_epsilon(1e-5) > alone
 
 
 def test_two_modules_of_one_engine_add_up():

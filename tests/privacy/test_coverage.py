@@ -33,6 +33,9 @@ ODD_USES = {
     "matmul": (lambda h, w: h @ w, (5, 5)),
     "einsum": (lambda h, w: torch.einsum("ni,ij->nj", h, w), (5, 5)),
     "prelu": (lambda h, w: F.prelu(h - 0.3, w), (5,)),
+    "cdist": (lambda h, w: torch.cdist(h, w), (5, 5)),
+    "atan2": (lambda h, w: torch.atan2(h, w), (5,)),
+    "solve": (lambda h, w: torch.linalg.solve(w + torch.eye(5), h.mT).mT, (5, 5)),
     "power": (lambda h, w: torch.sigmoid(h) ** w, (5,)),
     "where": (lambda h, w: torch.where(h > 0, h * 1.0, w.expand_as(h)), (5,)),
     "sum_of_weights": (lambda h, w: h + w.sum(), (5,)),
@@ -66,9 +69,9 @@ def test_an_odd_use_of_a_parameter_is_refused_by_name_or_exact(name):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["matmul", "einsum", "prelu"])
+@pytest.mark.parametrize("name", ["cdist", "solve"])
 def test_the_refusal_names_parameter_and_operation(name):
-    """What the first storey certainly does not cover; the message is for the user of a big network."""
+    """What certainly has no rule; the message is for the user of a big network."""
     from synthward.engine.errors import UnsupportedOperationError
 
     use, shape = ODD_USES[name]
