@@ -79,6 +79,14 @@ struct KernelTable {
   int64_t (*conv_gram_scratch)(const ConvShape*);
   void (*conv_gram_norms)(const ConvShape*, const float* x, const float* g, int64_t from, int64_t to, float* out,
                           float* row_sums, float* scratch);
+  // Backward passes of normalisations (core/normalize.inl).
+  int64_t (*layer_norm_scratch)(int64_t width);
+  void (*layer_norm_backward)(const float* x, const float* g, const float* mean, const float* rstd,
+                              const float* weight, const int64_t* offsets, const int64_t* order, int64_t from,
+                              int64_t to, int64_t width, float* dx, float* scale, float* bias, float* scratch);
+  void (*group_norm_backward)(const float* x, const float* g, const float* mean, const float* rstd,
+                              const float* weight, int64_t from, int64_t to, int64_t groups, int64_t channels,
+                              int64_t length, float* dx, float* scale, float* bias);
 };
 
 const int64_t kLongestGram = 64;

@@ -1,4 +1,4 @@
-// Bindings of the dense products (core/gemm.inl) and of convolutions (core/conv.inl).
+// Bindings of the dense products (core/gemm.inl), of convolutions (core/conv.inl) and of normalisations (core/normalize.inl).
 #pragma once
 #include <memory>
 #include <optional>
@@ -42,5 +42,6 @@ inline float* parts_of(int64_t floats) {
 
 void bind_dense(py::module_& m);
 void bind_conv(py::module_& m);
+void bind_normalize(py::module_& m);
 
 }  // namespace synthward

@@ -312,6 +312,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   watch_forks();
   bind_dense(m);
   bind_conv(m);
+  bind_normalize(m);
   m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";
   m.def("outer_sq_norms", &outer_sq_norms, arg("activations").noconvert(), arg("output_grads").noconvert(),
         arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));

@@ -18,6 +18,7 @@ namespace SYNTHWARD_ISA {
 #include "core/norms.inl"
 #include "core/gemm.inl"
 #include "core/conv.inl"
+#include "core/normalize.inl"
 #include "core/sums.inl"
 #include "core/update.inl"
 
@@ -27,6 +28,7 @@ const KernelTable table = {
     diagonal_sq_norms,  scatter_sq_norms, scale_rows, diagonal_weighted_sum, scatter_weighted_sum,
     gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
     conv_scratch,       conv_norms,       conv_sum,   conv_gram_scratch,     conv_gram_norms,
+    layer_norm_scratch, layer_norm_backward, group_norm_backward,
 };
 
 }  // namespace SYNTHWARD_ISA

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
-from synthward.engine.rules import bare, conv, matmul
+from synthward.engine.rules import bare, conv, group_norm, layer_norm, matmul
 from synthward.engine.rules.embedding import embedding
-from synthward.engine.rules.layer_norm import layer_norm
 from synthward.engine.rules.linear import linear
 
 HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     F.linear: linear,
-    F.layer_norm: layer_norm,
     F.embedding: embedding,
     **conv.HANDLERS,
+    **layer_norm.HANDLERS,
+    **group_norm.HANDLERS,
     **bare.HANDLERS,
     **matmul.HANDLERS,
 }

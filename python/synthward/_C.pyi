@@ -43,6 +43,30 @@ def conv_gram_norms(
 def conv_sum(
     shape: list[int], images: _F, output_grads: _F, row_weights: _F, out: _F, threads: int
 ) -> None: ...
+def layer_norm_backward(
+    x: _F,
+    output_grads: _F,
+    mean: _F | None,
+    rstd: _F,
+    weight: _F | None,
+    offsets: _L | None,
+    order: _L | None,
+    dx: _F | None,
+    scale: _F | None,
+    bias: _F | None,
+    threads: int,
+) -> None: ...
+def group_norm_backward(
+    x: _F,
+    output_grads: _F,
+    mean: _F,
+    rstd: _F,
+    weight: _F | None,
+    dx: _F | None,
+    scale: _F,
+    bias: _F,
+    threads: int,
+) -> None: ...
 def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]: ...
 def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...
