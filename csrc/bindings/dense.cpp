@@ -109,9 +109,13 @@ void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& 
     check_apart(weights, *bias, "bias");
     check_apart(out, *bias, "bias");
   }
-  if (n == 0 || d == 0 || p == 0) return;
+  if (n == 0 || p == 0) return;
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
+  if (d == 0) {
+    if (pb) table.diagonal_weighted_sum(pg, nullptr, pw, n, p, 0, p, pb);
+    return;
+  }
   int64_t pieces = 0, splits = 0, scratch = 0;
   table.outer_sum_layout(n, d, p, &pieces, &splits, &scratch);
   const int64_t each = p * d + p;
