@@ -68,7 +68,7 @@ SYNTHWARD_INLINE double above_sq_norm(const float* x, int64_t count) {
   const vf all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   for (int l = 0; l < LANES; ++l) total += (double)all[l];
   // A term goes through count / (4 LANES) additions, of a rounding of 2^-24 each; LANES is at least 4.
-  return total * (1.0 + (double)count * 4e-9);
+  return total * (1.0 + (double)count * 4e-9) + (double)count * kLost;
 }
 
 // A run of places along the last axis of the output: its start in the padded image, and how many.
@@ -182,10 +182,10 @@ static void conv_norms(const ConvShape* shape, const float* x, const float* g, c
   const int64_t pixels = volume(v.size) * v.channels, numel = v.outputs * volume(v.kernel) * v.channels;
   float *image = scratch, *panels = image + images_together(v) * image_floats(v), *c = panels + BLOCK * high;
   __builtin_memset(image, 0, sizeof(float) * image_floats(v));
-  for (int64_t u = from; u < to; ++u)
+  for (int64_t u = from; u < to; ++u) {
+    double total = 0.0, lengths = 0.0;
     for (int64_t q = 0; q < v.groups; ++q) {
       __builtin_memset(c, 0, sizeof(float) * high * width);
-      double lengths = 0.0;
       for (int64_t n = offsets[u]; n < offsets[u + 1]; ++n) {
         const int64_t row = order ? order[n] : n;
         const float* const rows_g = g + (row * v.groups + q) * v.outputs * places;
@@ -199,14 +199,15 @@ static void conv_norms(const ConvShape* shape, const float* x, const float* g, c
       }
       if (grads) store_grad(v, c, grads + (u * v.groups + q) * numel);
       if (!row_sums) continue;
-      double total = 0.0;
       const int64_t columns = run_columns(v), run_width = round_up(columns, PANEL);
       for (int64_t o = 0; o < v.outputs; ++o)
         for (int64_t run = 0; run < runs(v); ++run)
           total += sum_of_squares(c + o * width + run * run_width, columns);
-      out[u] += (float)total;
-      row_sums[u] += (float)(lengths * 1.000001);
     }
+    if (!row_sums) continue;
+    out[u] += (float)total;
+    row_sums[u] += (float)(lengths * 1.000001);
+  }
 }
 
 // sum [groups][outputs][kernel][channels] = the sum over rows from .. to of w_n G_n.
@@ -289,13 +290,14 @@ static void conv_gram_norms(const ConvShape* shape, const float* x, const float*
     const int64_t ky = rest % v.kernel[1], kz = rest / v.kernel[1];
     shifts[tap] = (kz * v.dilation[0] * reach(v, 1) + ky * v.dilation[1]) * reach(v, 2) + kx * v.dilation[2];
   }
-  for (int64_t u = from; u < to; ++u)
+  for (int64_t u = from; u < to; ++u) {
+    double total = 0.0, lengths = 0.0;
     for (int64_t q = 0; q < v.groups; ++q) {
       pad_image(v, x + (u * v.groups + q) * v.channels * volume(v.size), image);
       gram_of_columns(image, v.channels, pixels, panels, inputs);
       gram_of_columns(g + (u * v.groups + q) * v.outputs * places, v.outputs, places, panels, outputs);
       const int64_t last = ((v.out[0] - 1) * reach(v, 1) + v.out[1] - 1) * reach(v, 2) + v.out[2];
-      double total = 0.0, lengths = 0.0;
+      double squares[2] = {0.0, 0.0};
       for (int64_t s = 0; s < places; ++s) {
         const int64_t sx = s % v.out[2], row = s / v.out[2], sy = row % v.out[1], sz = row / v.out[1];
         const int64_t at = (sz * reach(v, 1) + sy) * reach(v, 2) + sx;
@@ -321,8 +323,12 @@ static void conv_gram_norms(const ConvShape* shape, const float* x, const float*
         const double own = (double)patch[0] * (double)pairs[s];
         total += own + 2.0 * above;
         lengths += __builtin_sqrt(own > 0.0 ? own : own == own ? 0.0 : own);
+        squares[0] += (double)patch[0];
+        squares[1] += (double)pairs[s];
       }
-      out[u] += (float)total;
-      row_sums[u] += (float)lengths;
+      total += lost_products(places, (double)(taps * v.channels), squares[0], (double)v.outputs, squares[1]);
     }
+    out[u] += (float)total;
+    row_sums[u] += (float)lengths;
+  }
 }

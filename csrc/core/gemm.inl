@@ -204,6 +204,15 @@ SYNTHWARD_INLINE void gram(const float* x, int64_t rows, int64_t width, float* p
   }
 }
 
+// What an inner product of n floats may lose to underflow is below n times this, also where denormals are flushed.
+constexpr double kLost = 0x1p-126;
+
+// What underflow may take from the squared norm that the products of `rows` pairs give, |x_st| <= (x_ss + x_tt) / 2
+// being summed over all of them: tiny, unless one factor is as large as the other is small.
+SYNTHWARD_INLINE double lost_products(int64_t rows, double x_terms, double x_squares, double y_terms, double y_squares) {
+  return kLost * (double)rows * (x_terms * y_squares + y_terms * x_squares);
+}
+
 static int64_t gram_scratch(int64_t longest) {
   const int64_t side = round_up(longest, PANEL);
   return BLOCK * side + 2 * side * side;
@@ -217,7 +226,7 @@ static void gram_norms(const float* a, const float* g, const int64_t* offsets, i
     float *panels = scratch, *left = scratch + BLOCK * side, *right = left + side * side;
     gram(a + first * d, rows, d, panels, left);
     gram(g + first * p, rows, p, panels, right);
-    double total = 0.0, lengths = 0.0;
+    double total = 0.0, lengths = 0.0, squares[2] = {0.0, 0.0};
     for (int64_t s = 0; s < rows; ++s) {
       const float *x = left + s * side, *y = right + s * side;
       double twice = 0.0;
@@ -225,7 +234,10 @@ static void gram_norms(const float* a, const float* g, const int64_t* offsets, i
       const double own = (double)x[s] * (double)y[s];
       total += own + 2.0 * twice;
       lengths += __builtin_sqrt(own > 0.0 ? own : own == own ? 0.0 : own);
+      squares[0] += (double)x[s];
+      squares[1] += (double)y[s];
     }
+    total += lost_products(rows, (double)d, squares[0], (double)p, squares[1]);
     out[u] += (float)total;
     row_sums[u] += (float)lengths;
   }

@@ -104,10 +104,10 @@ def outer_norms(
             _C.tile_norms(*arrays, None, threads())
         written(sq_norms, row_sums)
         return
-    rows = torch.linalg.vector_norm(activations.float(), dim=1)
-    rows = rows * torch.linalg.vector_norm(output_grads.float(), dim=1)
+    # In double, where the products of single precision neither vanish nor overflow.
+    rows = activations.double().norm(dim=1) * output_grads.double().norm(dim=1)
     for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        a, g = activations[first:last].float(), output_grads[first:last].float()
+        a, g = activations[first:last].double(), output_grads[first:last].double()
         found = ((a @ a.mT) * (g @ g.mT)).sum() if method == "gram" else (g.mT @ a).square().sum()
         sq_norms[unit] += found
         row_sums[unit] += rows[first:last].sum()
@@ -137,7 +137,7 @@ def outer_unit_grads(
     for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         a, g = activations[first:last].float(), output_grads[first:last].float()
         grads[unit] = (g.mT @ a).flatten()
-        row_sums[unit] = (a.norm(dim=1) * g.norm(dim=1)).sum()
+        row_sums[unit] = (a.double().norm(dim=1) * g.double().norm(dim=1)).sum()
     sq_norms += grads.double().square().sum(1).float()
     return grads, sq_norms, row_sums
 

@@ -65,12 +65,9 @@ def gradients(a: Tensor, g: Tensor, units: list[slice]) -> list[np.ndarray]:
     return [outer_gradient(a, g, unit) for unit in units]
 
 
-def assert_norms(found: Tensor, exact: Tensor, row_sums: Tensor, backend: str) -> None:
-    """The compiled kernels to the last bit; the reference, which adds up in float32, to a few of them."""
-    if backend == "cpp":
-        assert torch.equal(found, exact.float())
-    else:
-        assert ((found.double() - exact).abs() <= 2.0**-20 * (exact + row_sums.square())).all()
+def assert_norms(found: Tensor, exact: Tensor) -> None:
+    """To the last bit, but for the allowance for underflow."""
+    assert ((found - exact.float()).abs() <= 1e-27).all()
 
 
 @st.composite
@@ -92,7 +89,7 @@ def test_norms_of_any_shape(problem, backend, method):
     with executing(backend) as chosen:
         found, row_sums = torch.zeros(len(lengths)), torch.zeros(len(lengths))
         outer_norms(a, g, offsets, found, row_sums, method=method, backend=chosen)
-    assert_norms(found, exact, sums, chosen)
+    assert_norms(found, exact)
     torch.testing.assert_close(row_sums.double(), sums, rtol=2.0**-21, atol=0.0)
 
 
@@ -179,7 +176,7 @@ def test_norms_are_added_to_what_is_there(backend, method):
     found, row_sums = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([1.0, 2.0, 4.0])
     outer_norms(a, g, offsets, found, row_sums, method=method, backend=backend)
     assert torch.equal(found, first + torch.tensor([3.0, 5.0, 7.0]))
-    torch.testing.assert_close(row_sums, sums + torch.tensor([1.0, 2.0, 4.0]), rtol=2.0**-22, atol=0.0)
+    torch.testing.assert_close(row_sums, sums + torch.tensor([1.0, 2.0, 4.0]), rtol=2.0**-21, atol=0.0)
 
 
 def test_weights_of_zero_alone_leave_everything_as_it_was(backend):
@@ -314,6 +311,20 @@ def test_one_long_chain_of_additions_would_break_the_bound():
     error = float(product_error(sum_chain(width, compiled=True), sums))
     assert abs(float(square) - float(exact)) > 4.0 * error
     assert abs(float(found) - float(exact)) <= error + UNIT_ROUNDOFF * float(exact)
+
+
+@pytest.mark.parametrize(("small", "large"), [(1e-23, 1e18), (3e-20, 1e19), (1e-30, 1e10)])
+@pytest.mark.parametrize("side", ["activations", "output_grads"])
+def test_underflow_is_covered(backend, small, large, side):
+    """The squares of one operand vanish in float32; its products with the other do not."""
+    a, g = torch.full((40, 7), small), torch.full((40, 5), large)
+    if side == "output_grads":
+        a, g = g, a
+    exact = sq_norms([outer_gradient(a, g, slice(0, 40))])
+    for method in METHODS:
+        found, sums = torch.zeros(1), torch.zeros(1)
+        outer_norms(a, g, torch.tensor([0, 40]), found, sums, method=method, backend=backend)
+        assert found.double() >= exact * (1.0 - 1e-5)
 
 
 def test_chains():
