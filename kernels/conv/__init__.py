@@ -50,6 +50,8 @@ def conv_norms(
     units = _check_rows(shape, images, output_grads, offsets)
     _check.flat_float(sq_norms, "sq_norms", units)
     _check.flat_float(row_sums, "row_sums", units)
+    if method not in ("gram", "tile"):
+        raise ValueError(f"method: got {method!r}, expected 'gram' or 'tile'")
     if method == "gram" and (
         shape.stride != (1, 1, 1) or order is not None or not _is_single(offsets, images)
     ):
