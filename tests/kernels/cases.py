@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from synthward.kernels import force_isa
 
 # Rows per unit; None means that every row is a unit, given without offsets.
 LAYOUTS: dict[str, list[int] | None] = {
@@ -46,6 +50,24 @@ def matrix(rows: int, columns: int, seed: int) -> Tensor:
     """Normal entries whose scale differs from row to row, so that no unit hides behind another."""
     scale = torch.logspace(-2, 2, max(rows, 1))[:rows].flip(0)
     return torch.randn(rows, columns, generator=generator(seed)) * scale.unsqueeze(1)
+
+
+@contextmanager
+def executing(name: str) -> Iterator[str]:
+    """The `backend` argument for "reference" or an instruction set, which is forced meanwhile."""
+    if name == "reference":
+        yield "reference"
+        return
+    force_isa(name)
+    try:
+        yield "cpp"
+    finally:
+        force_isa(None)
+
+
+def whole(rows: int, columns: int, seed: int, most: int = 3) -> Tensor:
+    """Whole numbers from -most to most, as float32."""
+    return torch.randint(-most, most + 1, (rows, columns), generator=generator(seed)).float()
 
 
 def outer_gradient(activations: Tensor, output_grads: Tensor, rows: slice) -> np.ndarray:

@@ -6,8 +6,7 @@ a kernel is right to the last bit or wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from synthward.engine.clipping import UNIT_ROUNDOFF, formed_error, product_error
 from synthward.kernels import (
     SUM_BLOCK,
     available_isas,
-    force_isa,
     outer_norms,
     outer_sum,
     outer_unit_grads,
@@ -28,31 +26,13 @@ from synthward.kernels import (
     scale_rows,
     sum_chain,
 )
-from tests.kernels.cases import generator, offsets_of, outer_gradient, segments, sq_norms
+from tests.kernels.cases import executing, generator, offsets_of, outer_gradient, segments, sq_norms, whole
 
 BACKENDS = ["reference", *available_isas()]
 METHODS = ["gram", "tile"]
 # Around vectors (4 to 16 lanes), panels (8 to 32), blocks of rows (128) and pieces of the output (256).
 EDGES = [0, 1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 31, 33, 64, 67, 127, 128, 129, 131]
 FLOATS = [1.0, 1.0 + 2.0**-23, 1.0 + 2.0**-12, 0.1, 1.0 / 3.0, 1.9]
-
-
-@contextmanager
-def executing(name: str) -> Iterator[str]:
-    """The `backend` argument for "reference" or an instruction set, which is forced meanwhile."""
-    if name == "reference":
-        yield "reference"
-        return
-    force_isa(name)
-    try:
-        yield "cpp"
-    finally:
-        force_isa(None)
-
-
-def whole(rows: int, columns: int, seed: int, most: int = 3) -> Tensor:
-    """Whole numbers from -most to most, as float32."""
-    return torch.randint(-most, most + 1, (rows, columns), generator=generator(seed)).float()
 
 
 def lengths_of(a: Tensor, g: Tensor, units: list[slice]) -> Tensor:
