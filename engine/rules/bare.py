@@ -311,7 +311,7 @@ def _cat(state: CaptureState, tensors: Sequence[Tensor], dim: int = 0, **options
     if options or dim % first.dim() == 0:
         state.refuse(first, "cat", "only along another axis than the first (the batch's), and without out=")
     rows = next(len(t) for t in tensors if state.target(t) is None)
-    return torch.cat([_as_data(state, t, rows, "cat") for t in tensors], dim)
+    return torch.cat([as_data(state, t, rows, "cat") for t in tensors], dim)
 
 
 def _stack(state: CaptureState, tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
@@ -320,10 +320,10 @@ def _stack(state: CaptureState, tensors: Sequence[Tensor], dim: int = 0, **optio
     if options or dim % (first.dim() + 1) == 0:
         state.refuse(first, "stack", "only along another axis than the first (the batch's), and without out=")
     rows = next(len(t) for t in tensors if state.target(t) is None)
-    return torch.stack([_as_data(state, t, rows, "stack") for t in tensors], dim)
+    return torch.stack([as_data(state, t, rows, "stack") for t in tensors], dim)
 
 
-def _as_data(state: CaptureState, value: Tensor, rows: int, operation: str) -> Tensor:
+def as_data(state: CaptureState, value: Tensor, rows: int, operation: str) -> Tensor:
     """A weight computed for each of the batch's `rows`, as data whose gradient is captured."""
     target = state.target(value)
     if target is None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
-from synthward.engine.rules import bare, conv, group_norm, layer_norm, matmul
+from synthward.engine.rules import bare, conv, group_norm, layer_norm, matmul, recurrent
 from synthward.engine.rules.embedding import embedding
 from synthward.engine.rules.linear import linear
 
-HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear,
     F.embedding: embedding,
     **conv.HANDLERS,
@@ -22,12 +21,12 @@ HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
     **group_norm.HANDLERS,
     **bare.HANDLERS,
     **matmul.HANDLERS,
+    **recurrent.HANDLERS,
 }
 
 HINTS = {
     "multi_head_attention_forward": "write the attention with nn.Linear projections and "
     "scaled_dot_product_attention",
-    "lstm": "not covered in this version",
     "gru": "not covered in this version",
 }
 

@@ -1,0 +1,163 @@
+"""The arithmetic of recurrent layers over a whole sequence, forward and back; no parameters, no capture.
+
+Formulas: the documentation of ``torch.nn.LSTM``, ``GRU`` and ``RNN``. All tensors are batch-first, so that rows of
+one record are next to each other; `k` gates of width H lie side by side, in torch's order. Backward gives the
+gradients with respect to both affine maps of each step; products with weights over all steps are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """Parameters of one layer and direction: [kH, d], [kH, P], [kH], [kH], [P, H]; P is H without a projection."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A forward sweep: hidden states [B, T, P], the last cell state [B, H] if there are any, and what backward
+    needs."""
+
+    out: Tensor
+    last_cell: Tensor | None
+    saved: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class StepGrads:
+    """Gradients with respect to ``x W_ih^T + b_ih`` and ``h W_hh^T + b_hh`` [B, T, kH] (the same tensor where they
+    are equal) and to the initial states; of a projection, its input and output gradients [B, T, H], [B, T, P]."""
+
+    inputs: Tensor
+    hidden: Tensor
+    h0: Tensor
+    c0: Tensor | None = None
+    projection: tuple[Tensor, Tensor] | None = None
+
+
+class Cell(Protocol):
+    """One kind of recurrence."""
+
+    def folds_bias(self) -> bool:
+        """Whether ``b_hh`` may be added to the inputs' affine map."""
+
+    def forward(
+        self, gates: Tensor, h0: Tensor, c0: Tensor | None, w: Weights, order: Sequence[int]
+    ) -> Swept:
+        """`gates` [B, T, kH], the inputs' affine map, is overwritten; steps are taken in `order`."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_cell: Tensor | None,
+        out: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        saved: tuple[Tensor, ...],
+        w: Weights,
+        order: Sequence[int],
+    ) -> StepGrads:
+        """From gradients of `out` [B, T, P] and of the last cell state; `order` is that of forward."""
+
+
+def shifted(states: Tensor, first: Tensor, order: Sequence[int]) -> Tensor:
+    """The state [B, T, P] that each step began with, of the states it ended with and the initial one."""
+    before = torch.empty_like(states)
+    if order[0] == 0:
+        before[:, 0], before[:, 1:] = first, states[:, :-1]
+    else:
+        before[:, -1], before[:, :-1] = first, states[:, 1:]
+    return before
+
+
+def _blocks(gates: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The `count` gates [B, T, H] of [B, T, count * H]."""
+    return gates.chunk(count, -1)
+
+
+class LSTMCell:
+    """i, f, o = sigmoid, g = tanh; c' = f c + i g; h' = o tanh(c'), projected by W_hr if there is one."""
+
+    def folds_bias(self) -> bool:
+        return True
+
+    def forward(
+        self, gates: Tensor, h0: Tensor, c0: Tensor | None, w: Weights, order: Sequence[int]
+    ) -> Swept:
+        assert c0 is not None
+        batch, times, _ = gates.shape
+        hidden = c0.shape[1]
+        cells = gates.new_empty(batch, times, hidden)
+        out = gates.new_empty(batch, times, h0.shape[1])
+        w_hh, h, c = w.w_hh.t(), h0, c0
+        w_hr = None if w.w_hr is None else w.w_hr.t()
+        steps, states, ends = gates.unbind(1), cells.unbind(1), out.unbind(1)
+        opening = gates[..., : 2 * hidden].unbind(1)
+        i, f, g, o = (part.unbind(1) for part in _blocks(gates, 4))
+        for t in order:
+            steps[t].addmm_(h, w_hh)
+            opening[t].sigmoid_()
+            g[t].tanh_()
+            o[t].sigmoid_()
+            c = torch.mul(f[t], c, out=states[t]).addcmul_(i[t], g[t])
+            squashed = c.tanh()
+            at = ends[t]
+            h = torch.mul(o[t], squashed, out=at) if w_hr is None else torch.mm(o[t] * squashed, w_hr, out=at)
+        return Swept(out, c.clone(), (gates, cells))
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_cell: Tensor | None,
+        out: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        saved: tuple[Tensor, ...],
+        w: Weights,
+        order: Sequence[int],
+    ) -> StepGrads:
+        assert c0 is not None
+        gates, cells = saved
+        i, f, g, o = _blocks(gates, 4)
+        squashed = cells.tanh()
+        # Slopes of c' and h' in what goes into each gate; the loop turns them into gradients.
+        d = torch.empty_like(gates)
+        d_i, d_f, d_g, d_o = _blocks(d, 4)
+        torch.mul(g * i, 1 - i, out=d_i)
+        torch.mul(shifted(cells, c0, order) * f, 1 - f, out=d_f)
+        torch.mul(i, 1 - g * g, out=d_g)
+        torch.mul(squashed * o, 1 - o, out=d_o)
+        through = (o * (1 - squashed * squashed)).unbind(1)
+        steps, forget, d_outs, grads = d.unbind(1), f.unbind(1), d_o.unbind(1), grad.unbind(1)
+        first_three = d.view(*d.shape[:2], 4, -1)[:, :, :3].unbind(1)
+        dh_all = None if w.w_hr is None else torch.empty_like(grad)
+        dc = torch.zeros_like(c0) if grad_cell is None else grad_cell
+        later: Tensor | None = None
+        for t in reversed(order):
+            dh = grads[t] if later is None else torch.addmm(grads[t], later, w.w_hh)
+            if w.w_hr is not None and dh_all is not None:
+                dh_all[:, t] = dh
+                dh = dh @ w.w_hr
+            dc = torch.addcmul(dc, dh, through[t])
+            first_three[t].mul_(dc.unsqueeze(1))
+            d_outs[t].mul_(dh)
+            dc = dc * forget[t]
+            later = steps[t]
+        assert later is not None
+        projection = None if dh_all is None else (o * squashed, dh_all)
+        return StepGrads(d, d, later @ w.w_hh, dc, projection)
+
+
+LSTM = LSTMCell()
