@@ -160,4 +160,104 @@ class LSTMCell:
         return StepGrads(d, d, later @ w.w_hh, dc, projection)
 
 
-LSTM = LSTMCell()
+class GRUCell:
+    """r, z = sigmoid; n = tanh(W_in x + b_in + r (W_hn h + b_hn)); h' = (1 - z) n + z h."""
+
+    def folds_bias(self) -> bool:
+        return False
+
+    def forward(
+        self, gates: Tensor, h0: Tensor, c0: Tensor | None, w: Weights, order: Sequence[int]
+    ) -> Swept:
+        batch, times, hidden = *gates.shape[:2], h0.shape[1]
+        split = 2 * hidden
+        opening = gates[..., :split]
+        # What r multiplies: W_hn h + b_hn.
+        recurrent, out = gates.new_zeros(batch, times, hidden), gates.new_empty(batch, times, hidden)
+        if w.b_hh is not None:
+            opening += w.b_hh[:split]
+            recurrent += w.b_hh[split:]
+        w_open, w_n, h = w.w_hh[:split].t(), w.w_hh[split:].t(), h0
+        r, z, n = (part.unbind(1) for part in _blocks(gates, 3))
+        opened, added, ends = opening.unbind(1), recurrent.unbind(1), out.unbind(1)
+        for t in order:
+            opened[t].addmm_(h, w_open).sigmoid_()
+            n[t].addcmul_(r[t], added[t].addmm_(h, w_n)).tanh_()
+            h = torch.lerp(n[t], h, z[t], out=ends[t])
+        return Swept(out, None, (gates, recurrent))
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_cell: Tensor | None,
+        out: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        saved: tuple[Tensor, ...],
+        w: Weights,
+        order: Sequence[int],
+    ) -> StepGrads:
+        gates, recurrent = saved
+        r, z, n = _blocks(gates, 3)
+        # Slopes of h' in what goes into each gate; n's own differ from the hidden side's by the factor r.
+        d = torch.empty_like(gates)
+        d_r, d_z, d_n = _blocks(d, 3)
+        slope_n = (1 - z) * (1 - n * n)
+        torch.mul(slope_n * recurrent, r * (1 - r), out=d_r)
+        torch.mul(shifted(out, h0, order) - n, z * (1 - z), out=d_z)
+        torch.mul(slope_n, r, out=d_n)
+        dh_all = torch.empty_like(out)
+        gradients, kept, ends = d.view(*d.shape[:2], 3, -1).unbind(1), z.unbind(1), dh_all.unbind(1)
+        steps, grads = d.unbind(1), grad.unbind(1)
+        carried: Tensor | None = None
+        for t in reversed(order):
+            dh = ends[t].copy_(grads[t]) if carried is None else torch.add(grads[t], carried, out=ends[t])
+            gradients[t].mul_(dh.unsqueeze(1))
+            carried = torch.addmm(dh * kept[t], steps[t], w.w_hh)
+        assert carried is not None
+        inputs = d.clone()
+        torch.mul(slope_n, dh_all, out=_blocks(inputs, 3)[2])
+        return StepGrads(inputs, d, carried)
+
+
+class SimpleCell:
+    """h' = tanh(...) or relu(...) of the sum of both affine maps."""
+
+    def __init__(self, *, is_tanh: bool) -> None:
+        self._is_tanh = is_tanh
+
+    def folds_bias(self) -> bool:
+        return True
+
+    def forward(
+        self, gates: Tensor, h0: Tensor, c0: Tensor | None, w: Weights, order: Sequence[int]
+    ) -> Swept:
+        steps, w_hh, h = gates.unbind(1), w.w_hh.t(), h0
+        for t in order:
+            h = steps[t].addmm_(h, w_hh)
+            h = h.tanh_() if self._is_tanh else h.relu_()
+        return Swept(gates, None, ())
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_cell: Tensor | None,
+        out: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        saved: tuple[Tensor, ...],
+        w: Weights,
+        order: Sequence[int],
+    ) -> StepGrads:
+        d = 1 - out * out if self._is_tanh else (out > 0).to(out.dtype)
+        steps, grads = d.unbind(1), grad.unbind(1)
+        later: Tensor | None = None
+        for t in reversed(order):
+            dh = grads[t] if later is None else torch.addmm(grads[t], later, w.w_hh)
+            later = steps[t].mul_(dh)
+        assert later is not None
+        return StepGrads(d, d, later @ w.w_hh)
+
+
+LSTM, GRU = LSTMCell(), GRUCell()
+TANH, RELU = SimpleCell(is_tanh=True), SimpleCell(is_tanh=False)

@@ -8,7 +8,7 @@ states before each step the use of W_hh, and their rows are those of the biases.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.provenance import Target
-from synthward.engine.rules._cells import LSTM, Cell, StepGrads, Weights, shifted
+from synthward.engine.rules._cells import GRU, LSTM, RELU, TANH, Cell, StepGrads, Weights, shifted
 from synthward.engine.rules.bare import as_data
 from synthward.engine.rules.uses import DiagonalRows, OuterUse, Use, diagonal_use
 
@@ -44,7 +44,7 @@ class _Sweep(torch.autograd.Function):
         weights: Weights,
         kind: _Kind,
         order: Sequence[int],
-        anchor: Tensor,
+        anchor: Tensor | None,
         state: CaptureState,
         call: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -77,8 +77,10 @@ class _Sweep(torch.autograd.Function):
             before = shifted(out, h0, ctx.order)
         leading, forward = ctx.call[-2:]
         uses = _uses(ctx.state, ctx.call, x.detach(), before, found)
-        ctx.state.keep(Kept(kind.operation, leading, forward, uses))
-        return grad_x, found.h0, found.c0, None, None, None, ctx.state.anchor_grad, None, None
+        if uses:
+            ctx.state.keep(Kept(kind.operation, leading, forward, uses))
+        anchor_grad = ctx.state.anchor_grad if uses else None
+        return grad_x, found.h0, found.c0, None, None, None, anchor_grad, None, None
 
 
 def _cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
@@ -123,18 +125,23 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, and the last hidden and cell state, of one layer and direction."""
     targets = tuple(state.target(w) for w in weights)
-    tracked = next((w for w in weights if state.target(w) is not None), None)
-    for weight, target in zip(weights, targets, strict=True):
-        state.refuse_computed(weight, target, tracked, kind.operation)
+    is_tracked = any(target is not None for target in targets)
     if torch.is_autocast_enabled(x.device.type):
         x, h0, c0 = x.float(), h0.float(), None if c0 is None else c0.float()
     times = x.shape[1]
     order = range(times - 1, -1, -1) if is_reversed else range(times)
-    call = state.call(kind.operation, targets, len(x))
+    # A frozen layer between others only passes gradients on.
+    call = state.call(kind.operation, targets, len(x)) if is_tracked else (*targets, len(x), state.forward)
+    anchor = state.anchor if is_tracked else None
     apply: Callable[..., tuple[Tensor, Tensor | None]] = _Sweep.apply
-    out, cell = apply(x.contiguous(), h0, c0, weights, kind, order, state.anchor, state, call)
+    out, cell = apply(x.contiguous(), h0, c0, weights, kind, order, anchor, state, call)
     state.forward_bytes += out.nbytes
     return out, out[:, order[-1]], cell
+
+
+def _pair(kind: _Kind, hx: Any) -> list[Tensor]:
+    """The initial hidden state, and the initial cell state where there is one."""
+    return list(hx) if kind.has_cell_state else [hx]
 
 
 def _initial(state: CaptureState, hx: Tensor, rows: int, operation: str) -> list[Tensor]:
@@ -159,26 +166,29 @@ def _split(params: Sequence[Tensor], has_biases: bool, count: int) -> list[Weigh
     return found
 
 
-def _check_call(
+def _check(
     state: CaptureState,
-    operation: str,
-    x: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    sweeps: int,
+    kind: _Kind,
+    input: Tensor,
+    axes: int,
+    hx: Any,
+    where: tuple[int, ...],
+    weights: Sequence[Any],
 ) -> None:
-    """Refuse what has no rule, and shapes that torch would read past; x [B, T, d]."""
-    tracked = next((t for t in (*params, *hx) if state.target(t) is not None), x)
-    if x.dim() != 3 or x.shape[1] == 0:
-        state.refuse(tracked, operation, f"its input {list(x.shape)} is no batch of sequences")
-    for value in hx:
-        if value.dim() != 3 or value.shape[:2] != (sweeps, len(x)):
-            state.refuse(
-                tracked,
-                operation,
-                f"an initial state {list(value.shape)} is not one row for each of {sweeps} layers and directions "
-                f"and {len(x)} rows of the batch",
-            )
+    """Refuse what has no rule, and shapes that torch would read past. `input` has that many `axes`, initial states
+    begin with the axes `where`."""
+    operation = kind.operation
+    initial = _pair(kind, hx)
+    state.refuse_tracked(input, operation)
+    tracked = next((t for t in (*weights, *initial) if state.target(t) is not None), None)
+    if input.dim() != axes or (axes == 3 and input.shape[1] == 0):
+        state.refuse(tracked, operation, f"its input {list(input.shape)} is no batch of sequences")
+    for value in initial:
+        if value.dim() != len(where) + 1 or tuple(value.shape[:-1]) != where:
+            state.refuse(tracked, operation, f"an initial state {list(value.shape)} is not {[*where, 'H']}")
+    if any(state.target(w) is not None for w in weights):
+        for weight in weights:
+            state.refuse_computed(weight, state.target(weight), tracked, operation)
 
 
 def _dropout(x: Tensor, dropout: float) -> Tensor:
@@ -201,16 +211,14 @@ def _layers(
     batch_first: bool,
 ) -> tuple[Tensor, ...]:
     """Handler of ``torch.lstm`` and its relatives on padded sequences [B, T, d] or [T, B, d]."""
-    operation, directions = kind.operation, 2 if bidirectional else 1
-    initial = list(hx) if kind.has_cell_state else [hx]
+    directions = 2 if bidirectional else 1
     x = input if batch_first or input.dim() != 3 else input.transpose(0, 1)
-    state.refuse_tracked(input, operation)
-    _check_call(state, operation, x, initial, params, directions * num_layers)
-    states = [_initial(state, value, len(x), operation) for value in initial]
+    _check(state, kind, x, 3, hx, (directions * num_layers, len(x)), params)
+    states = [_initial(state, value, len(x), kind.operation) for value in _pair(kind, hx)]
     if all(state.target(p) is None for p in params):
         # Only the initial states are learned.
         stacked = [torch.stack(parts) for parts in states]
-        run: Callable[..., tuple[Tensor, ...]] = getattr(torch, operation)
+        run: Callable[..., tuple[Tensor, ...]] = getattr(torch, kind.operation)
         flags = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
         return run(input, stacked if kind.has_cell_state else stacked[0], params, *flags)
     groups = _split(params, has_biases, directions * num_layers)
@@ -246,6 +254,46 @@ def _sequences(kind: _Kind, state: CaptureState, *args: Any, **kwargs: Any) -> t
     return _layers(state, kind, *args, **kwargs)
 
 
-_KINDS = {torch.lstm: _Kind("lstm", LSTM, True)}
+def _cell(
+    kind: _Kind,
+    state: CaptureState,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Any:
+    """Handler of ``torch.lstm_cell`` and its relatives: one step; input [B, d]."""
+    weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    rows = len(input)
+    _check(state, kind, input, 2, hx, (rows,), weights)
+    states = [
+        value if state.target(value) is None else as_data(state, value, rows, kind.operation)
+        for value in _pair(kind, hx)
+    ]
+    if all(state.target(w) is None for w in weights):
+        return getattr(torch, kind.operation)(
+            input, states if kind.has_cell_state else states[0], *weights[:4]
+        )
+    c0 = states[1] if kind.has_cell_state else None
+    _, h, c = _sweep(state, kind, input.unsqueeze(1), states[0], c0, weights, is_reversed=False)
+    return h if c is None else (h, c)
 
-HANDLERS: dict[Any, Callable[..., Any]] = {f: partial(_sequences, kind) for f, kind in _KINDS.items()}
+
+_KINDS = [
+    _Kind("lstm", LSTM, True),
+    _Kind("gru", GRU, False),
+    _Kind("rnn_tanh", TANH, False),
+    _Kind("rnn_relu", RELU, False),
+]
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    **{getattr(torch, kind.operation): partial(_sequences, kind) for kind in _KINDS},
+    **{
+        getattr(torch, f"{kind.operation}_cell"): partial(
+            _cell, replace(kind, operation=f"{kind.operation}_cell")
+        )
+        for kind in _KINDS
+    },
+}

@@ -27,7 +27,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
 HINTS = {
     "multi_head_attention_forward": "write the attention with nn.Linear projections and "
     "scaled_dot_product_attention",
-    "gru": "not covered in this version",
 }
 
 
