@@ -87,6 +87,18 @@ def _blocks(gates: Tensor, count: int) -> tuple[Tensor, ...]:
     return gates.chunk(count, -1)
 
 
+def _sigmoid_slope(factor: Tensor, value: Tensor, out: Tensor) -> Tensor:
+    """``factor * value * (1 - value)`` in one pass."""
+    torch.ops.aten.sigmoid_backward.grad_input(factor, value, grad_input=out)
+    return out
+
+
+def _tanh_slope(factor: Tensor, value: Tensor, out: Tensor) -> Tensor:
+    """``factor * (1 - value^2)`` in one pass."""
+    torch.ops.aten.tanh_backward.grad_input(factor, value, grad_input=out)
+    return out
+
+
 class LSTMCell:
     """i, f, o = sigmoid, g = tanh; c' = f c + i g; h' = o tanh(c'), projected by W_hr if there is one."""
 
@@ -135,11 +147,11 @@ class LSTMCell:
         # Slopes of c' and h' in what goes into each gate; the loop turns them into gradients.
         d = torch.empty_like(gates)
         d_i, d_f, d_g, d_o = _blocks(d, 4)
-        torch.mul(g * i, 1 - i, out=d_i)
-        torch.mul(shifted(cells, c0, order) * f, 1 - f, out=d_f)
-        torch.mul(i, 1 - g * g, out=d_g)
-        torch.mul(squashed * o, 1 - o, out=d_o)
-        through = (o * (1 - squashed * squashed)).unbind(1)
+        _sigmoid_slope(g, i, d_i)
+        _sigmoid_slope(shifted(cells, c0, order), f, d_f)
+        _tanh_slope(i, g, d_g)
+        _sigmoid_slope(squashed, o, d_o)
+        through = _tanh_slope(o, squashed, torch.empty_like(squashed)).unbind(1)
         steps, forget, d_outs, grads = d.unbind(1), f.unbind(1), d_o.unbind(1), grad.unbind(1)
         first_three = d.view(*d.shape[:2], 4, -1)[:, :, :3].unbind(1)
         dh_all = None if w.w_hr is None else torch.empty_like(grad)
@@ -202,9 +214,9 @@ class GRUCell:
         # Slopes of h' in what goes into each gate; n's own differ from the hidden side's by the factor r.
         d = torch.empty_like(gates)
         d_r, d_z, d_n = _blocks(d, 3)
-        slope_n = (1 - z) * (1 - n * n)
-        torch.mul(slope_n * recurrent, r * (1 - r), out=d_r)
-        torch.mul(shifted(out, h0, order) - n, z * (1 - z), out=d_z)
+        slope_n = _tanh_slope(1 - z, n, torch.empty_like(out))
+        _sigmoid_slope(slope_n * recurrent, r, d_r)
+        _sigmoid_slope(shifted(out, h0, order) - n, z, d_z)
         torch.mul(slope_n, r, out=d_n)
         dh_all = torch.empty_like(out)
         gradients, kept, ends = d.view(*d.shape[:2], 3, -1).unbind(1), z.unbind(1), dh_all.unbind(1)
@@ -249,12 +261,15 @@ class SimpleCell:
         w: Weights,
         order: Sequence[int],
     ) -> StepGrads:
-        d = 1 - out * out if self._is_tanh else (out > 0).to(out.dtype)
-        steps, grads = d.unbind(1), grad.unbind(1)
+        d = torch.empty_like(out)
+        steps, states, grads = d.unbind(1), out.unbind(1), grad.unbind(1)
         later: Tensor | None = None
         for t in reversed(order):
             dh = grads[t] if later is None else torch.addmm(grads[t], later, w.w_hh)
-            later = steps[t].mul_(dh)
+            if self._is_tanh:
+                later = _tanh_slope(dh, states[t], steps[t])
+            else:
+                later = torch.ops.aten.threshold_backward.grad_input(dh, states[t], 0, grad_input=steps[t])
         assert later is not None
         return StepGrads(d, d, later @ w.w_hh)
 
