@@ -61,7 +61,7 @@ struct KernelTable {
   // function before says; `grads` may be null.
   int64_t (*gram_scratch)(int64_t longest);
   void (*gram_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
-                     int64_t p, float* out, float* row_sums, float* scratch);
+                     int64_t p, int with_bias, float* out, float* row_sums, float* scratch);
   int64_t (*tile_scratch)(int64_t d, int64_t p);
   void (*tile_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
                      int64_t p, float* out, float* row_sums, float* grads, float* scratch);

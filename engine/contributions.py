@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from synthward.engine.planner import Planner
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.mixed import add_derived_sum, add_mixed_norms
 from synthward.engine.rules.uses import (
+    BiasOfOuter,
     DiagonalRows,
     DiagonalUse,
     Norms,
@@ -106,6 +107,7 @@ class Contributions:
         self.forwards: set[int] = set()
         self.has_summed = False
         self._biases: set[int] = set()
+        self._took_bias = False
         planner.begin(state.forward_bytes)
 
     # While the backward pass runs
@@ -124,8 +126,17 @@ class Contributions:
                 f"{kept.leading} rows where the batch has {rows}; the first axis must be the batch's (expand "
                 "what all rows share, such as position ids, to one row each)"
             )
+        outer: OuterUse | None = None
+        self._took_bias = False
         for target, found in kept.uses:
             use: Use
+            if isinstance(found, OuterUse) and self._takes_bias(kept, found):
+                outer = replace(found, with_bias=True)
+                self._add((target, outer, self._layout.expand(found.rows // rows)))
+                continue
+            if outer is not None and self._took_bias:
+                self._add_bias(target, outer)
+                continue
             if isinstance(found, DiagonalRows):
                 use = DiagonalUse(self._layout.expand(found.rows // rows).sum_rows(found.grads))
             else:
@@ -134,6 +145,34 @@ class Contributions:
                 self._add(self._simplify(target, use, self._layout.units))
             else:
                 self._add(self._simplify(target, use, self._layout.expand(use.rows // rows)))
+        # The cache holds the rows too, which else would live on.
+        self._norms = Norms()
+
+    def _takes_bias(self, kept: Kept, outer: OuterUse) -> bool:
+        """Whether the norm of a product's weight is to be taken with that of its bias: both are used this once."""
+        if self._given is not None or self._planner.perf.keep == "bf16" or len(kept.uses) != 2:
+            return False
+        (weight, _), (bias, rows) = kept.uses
+        if not (isinstance(rows, DiagonalRows) and rows.is_bias_of_outer):
+            return False
+        if not isinstance(weight, int) or not isinstance(bias, int) or weight == bias:
+            return False
+        groups = self._groups.of_position
+        is_once = self._state.expected(weight) == 1 and self._state.expected(bias) == 1
+        layout = self._layout.expand(outer.rows // self._layout.num_rows)
+        return is_once and groups[weight] == groups[bias] and outer.can_take_bias(layout)
+
+    def _add_bias(self, target: Target, outer: OuterUse) -> None:
+        """Note the bias of a product whose norm has just been taken with it."""
+        assert isinstance(target, int)
+        index = self._groups.of_position[target]
+        group = self._states[index]
+        group.done.add(target)
+        self._planner.note_with_weight(target)
+        if not self._measure_only:
+            layout = self._layout.expand(outer.rows // self._layout.num_rows)
+            group.items.append((target, BiasOfOuter(outer.output_grads), layout))
+        self._finish_if_complete(index)
 
     def _simplify(self, target: Target, use: Use, layout: Layout) -> Item:
         """A use of a computed weight that is no more than a transpose or a choice of rows, as a use of the
@@ -179,6 +218,7 @@ class Contributions:
             target, use, layout = items[0]
             use, layout = self._planner.prepare(use, layout, position, may_keep=not self._measure_only)
             items = [(target, use, layout)]
+            self._took_bias = isinstance(use, OuterUse) and use.with_bias
         self._add_norms(group, items)
         if not self._measure_only:
             group.items += items
@@ -327,9 +367,9 @@ class Contributions:
         self._found[index] = (factors, is_bad)
         if self._observe is not None:
             self._observe(index, norms, counts)
-        # Products first: the sum over rows that a bias needs comes with the one of its weight.
-        group.items.sort(key=lambda item: not isinstance(item[1], OuterUse))
+        # The sum over rows that a bias needs comes with the one of its weight, which stands before it.
         self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
+        self._biases |= {id(u.output_grads) for _, u, _ in group.items if isinstance(u, BiasOfOuter)}
         group.items.reverse()
         while group.items:
             # Released one by one, as its sum is there.

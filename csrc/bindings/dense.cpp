@@ -35,7 +35,8 @@ float* check_output(Floats& out, int64_t length, const char* name, const Floats&
   return to;
 }
 
-void gram_norms(const Floats& a, const Floats& g, const Longs& offsets, Floats& out, Floats& row_sums, int threads) {
+void gram_norms(const Floats& a, const Floats& g, const Longs& offsets, Floats& out, Floats& row_sums, bool with_bias,
+                int threads) {
   const float *pa = input(a, "activations", 2), *pg = input(g, "output_grads", 2);
   check_length(g.shape(0), a.shape(0), "output_grads");
   const Segments units = check_segments(offsets, a.shape(0));
@@ -46,7 +47,7 @@ void gram_norms(const Floats& a, const Floats& g, const Longs& offsets, Floats& 
   const KernelTable& table = kernels();
   const int64_t scratch = table.gram_scratch(units.longest);
   parallel_for(units.count, 1, threads, [=, &table](int64_t f, int64_t t) {
-    table.gram_norms(pa, pg, units.at, f, t, d, p, po, ps, scratch_of(scratch));
+    table.gram_norms(pa, pg, units.at, f, t, d, p, with_bias, po, ps, scratch_of(scratch));
   });
 }
 
@@ -136,7 +137,7 @@ void bind_dense(py::module_& m) {
   using py::arg;
   const auto fixed = [](const char* name) { return arg(name).noconvert(); };
   m.def("gram_norms", &gram_norms, fixed("activations"), fixed("output_grads"), fixed("offsets"), fixed("out"),
-        fixed("row_sums"), arg("threads"));
+        fixed("row_sums"), arg("with_bias"), arg("threads"));
   m.def("tile_norms", &tile_norms, fixed("activations"), fixed("output_grads"), fixed("offsets"), fixed("out"),
         fixed("row_sums"), fixed("grads").none(true), arg("threads"));
   m.def("rank1_norms", &rank1_norms, fixed("activations"), fixed("output_grads"), fixed("out"), fixed("row_sums"),

@@ -61,6 +61,23 @@ SYNTHWARD_INLINE void multiply_tile(int64_t count, const float* left, const floa
   });
 }
 
+// The same for the upper half of the columns alone.
+SYNTHWARD_INLINE void multiply_upper_half(int64_t count, const float* left, const float* right, float* c,
+                                          int64_t width) {
+  vf sums[TILE_ROWS];
+  each<TILE_ROWS>(SYNTHWARD_BODY(r) { sums[r.value] = vf{}; });
+  for (int64_t k = 0; k < count; ++k, left += PANEL, right += PANEL) {
+    const vf high = load(right + LANES);
+    each<TILE_ROWS>(SYNTHWARD_BODY(r) {
+      sums[r.value] = multiply_add(splat_float(left[r.value]), high, sums[r.value]);
+    });
+  }
+  each<TILE_ROWS>(SYNTHWARD_BODY(r) {
+    float* const row = c + r.value * width + LANES;
+    store(row, load(row) + sums[r.value]);
+  });
+}
+
 // Operands. pack(k0, count, j0, width, to) writes columns j0 .. j0 + width of inner rows k0 .. k0 + count as panels
 // [ceil(width / PANEL)][count][PANEL], filled up with zeros.
 
@@ -110,6 +127,51 @@ SYNTHWARD_INLINE void transpose4(const float* const* rows, int64_t at, float* to
   for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * stride, &out[i], sizeof(v4));
 }
 
+// LANES rows of LANES floats, `count` of them there and the rest zero, transposed to LANES places PANEL apart: at each
+// stage, blocks of H change places across the diagonal of blocks of 2 H.
+template <int H, int L>
+struct Swap {
+  static const int low = L & H ? LANES + L - H : L, high = L & H ? LANES + L : L + H;
+};
+
+#if defined(__AVX512F__)
+#define SYNTHWARD_SWAP(side)                                                                                   \
+  vi{Swap<H, 0>::side,  Swap<H, 1>::side,  Swap<H, 2>::side,  Swap<H, 3>::side, Swap<H, 4>::side,  Swap<H, 5>::side,  \
+     Swap<H, 6>::side,  Swap<H, 7>::side,  Swap<H, 8>::side,  Swap<H, 9>::side, Swap<H, 10>::side, Swap<H, 11>::side, \
+     Swap<H, 12>::side, Swap<H, 13>::side, Swap<H, 14>::side, Swap<H, 15>::side}
+#elif defined(__AVX2__)
+#define SYNTHWARD_SWAP(side)                                                                                  \
+  vi{Swap<H, 0>::side, Swap<H, 1>::side, Swap<H, 2>::side, Swap<H, 3>::side, Swap<H, 4>::side, Swap<H, 5>::side, \
+     Swap<H, 6>::side, Swap<H, 7>::side}
+#else
+#define SYNTHWARD_SWAP(side) vi{Swap<H, 0>::side, Swap<H, 1>::side, Swap<H, 2>::side, Swap<H, 3>::side}
+#endif
+
+template <int H>
+SYNTHWARD_INLINE void swap_blocks(vf* rows) {
+  each<LANES>(SYNTHWARD_BODY(i) {
+    if constexpr ((i.value & H) == 0) {
+      const vf a = rows[i.value], b = rows[i.value + H];
+      rows[i.value] = __builtin_shuffle(a, b, SYNTHWARD_SWAP(low));
+      rows[i.value + H] = __builtin_shuffle(a, b, SYNTHWARD_SWAP(high));
+    }
+  });
+  if constexpr (H > 1) swap_blocks<H / 2>(rows);
+}
+
+SYNTHWARD_INLINE void transpose(const float* from, int64_t stride, int64_t count, float* to) {
+  vf rows[LANES];
+  if (count >= LANES)
+    each<LANES>(SYNTHWARD_BODY(i) {
+      rows[i.value] = load(from + i.value * stride);
+      __builtin_prefetch(from + i.value * stride + BLOCK);
+    });
+  else
+    each<LANES>(SYNTHWARD_BODY(i) { rows[i.value] = i.value < count ? load(from + i.value * stride) : vf{}; });
+  swap_blocks<LANES / 2>(rows);
+  each<LANES>(SYNTHWARD_BODY(i) { store(to + i.value * PANEL, rows[i.value]); });
+}
+
 namespace {
 
 // x[j][k]: the inner dimension runs along the rows.
@@ -119,21 +181,13 @@ struct Columns {
 
   void pack(int64_t k0, int64_t count, int64_t j0, int64_t width, float* to) const {
     for (int64_t j = 0; j < width; j += PANEL, to += count * PANEL) {
-      for (int64_t l = 0; l < PANEL; l += 4) {
+      for (int64_t l = 0; l < PANEL; l += LANES) {
         const int64_t here = width - j - l;
-        if (here <= 0) {
-          for (int64_t k = 0; k < count; ++k)
-            for (int i = 0; i < 4; ++i) to[k * PANEL + l + i] = 0.0f;
-          continue;
-        }
-        const float* rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = x + (j0 + j + l + (i < here ? i : 0)) * stride + k0;
+        const float* const from = x + (j0 + j + l) * stride + k0;
         int64_t k = 0;
-        for (; k + 4 <= count; k += 4) transpose4(rows, k, to + k * PANEL + l, PANEL);
+        for (; k + LANES <= count; k += LANES) transpose(from + k, stride, here, to + k * PANEL + l);
         for (; k < count; ++k)
-          for (int i = 0; i < 4; ++i) to[k * PANEL + l + i] = rows[i][k];
-        for (int64_t i = here; i < 4; ++i)
-          for (int64_t q = 0; q < count; ++q) to[q * PANEL + l + i] = 0.0f;
+          for (int i = 0; i < LANES; ++i) to[k * PANEL + l + i] = i < here ? from[i * stride + k] : 0.0f;
       }
     }
   }
@@ -198,9 +252,13 @@ SYNTHWARD_INLINE void gram(const float* x, int64_t rows, int64_t width, float* p
     const int64_t count = width - k < BLOCK ? width - k : (int64_t)BLOCK;
     columns.pack(k, count, 0, rows, panels);
     for (int64_t j = 0; j < side; j += PANEL)
-      for (int64_t i = 0; i < rows && i < j + PANEL; i += TILE_ROWS)
-        multiply_tile(count, panels + i / PANEL * PANEL * count + i % PANEL, panels + j * count, c + i * side + j,
-                      side);
+      for (int64_t i = 0; i < rows && i < j + PANEL; i += TILE_ROWS) {
+        const float* const left = panels + i / PANEL * PANEL * count + i % PANEL;
+        if (i < j + LANES)
+          multiply_tile(count, left, panels + j * count, c + i * side + j, side);
+        else
+          multiply_upper_half(count, left, panels + j * count, c + i * side + j, side);
+      }
   }
 }
 
@@ -219,8 +277,10 @@ static int64_t gram_scratch(int64_t longest) {
 }
 
 // out[u] += |sum_n g_n a_n^T|^2 = sum over pairs of rows (a_s . a_t)(g_s . g_t); row_sums[u] += sum_n |a_n| |g_n|.
+// with_bias: each a_n has a one at its end, so that the gradient of a bias is in the norm.
 static void gram_norms(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
-                       int64_t p, float* out, float* row_sums, float* scratch) {
+                       int64_t p, int with_bias, float* out, float* row_sums, float* scratch) {
+  const double one = with_bias ? 1.0 : 0.0;
   for (int64_t u = from; u < to; ++u) {
     const int64_t first = offsets[u], rows = offsets[u + 1] - first, side = round_up(rows, PANEL);
     float *panels = scratch, *left = scratch + BLOCK * side, *right = left + side * side;
@@ -230,14 +290,14 @@ static void gram_norms(const float* a, const float* g, const int64_t* offsets, i
     for (int64_t s = 0; s < rows; ++s) {
       const float *x = left + s * side, *y = right + s * side;
       double twice = 0.0;
-      for (int64_t t = s + 1; t < rows; ++t) twice += (double)x[t] * (double)y[t];
-      const double own = (double)x[s] * (double)y[s];
+      for (int64_t t = s + 1; t < rows; ++t) twice += ((double)x[t] + one) * (double)y[t];
+      const double own = ((double)x[s] + one) * (double)y[s];
       total += own + 2.0 * twice;
       lengths += __builtin_sqrt(own > 0.0 ? own : own == own ? 0.0 : own);
-      squares[0] += (double)x[s];
+      squares[0] += (double)x[s] + one;
       squares[1] += (double)y[s];
     }
-    total += lost_products(rows, (double)d, squares[0], (double)p, squares[1]);
+    total += lost_products(rows, (double)d + one, squares[0], (double)p, squares[1]);
     out[u] += (float)total;
     row_sums[u] += (float)lengths;
   }

@@ -44,7 +44,9 @@ class _Linear(torch.autograd.Function):
             # data.
             is_shared = x.grad_fn is None or x._is_view()
             uses.append((weight_at, OuterUse(a, g, is_shared)))
-        if bias_at is not None:
+        if bias_at is not None and weight_at is not None:
+            uses.append((bias_at, DiagonalRows(g, is_bias_of_outer=True)))
+        elif bias_at is not None:
             uses.append((bias_at, diagonal_use(ctx.state, g, leading, forward)))
         ctx.state.keep(Kept("linear", leading, forward, uses))
         grad_x = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None

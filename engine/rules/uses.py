@@ -124,12 +124,14 @@ class OuterUse:
 
     `is_shared`: the activations may be memory that the caller goes on using (a batch of records).
     `method`: the way to the norm where a unit has several rows; None for the usual one.
+    `with_bias`: the norm is that of weight and bias together (`BiasOfOuter` is then the bias' use).
     """
 
     activations: Tensor
     output_grads: Tensor
     is_shared: bool = True
     method: str | None = None
+    with_bias: bool = False
 
     @property
     def rows(self) -> int:
@@ -143,7 +145,8 @@ class OuterUse:
         a, g = self.activations, self.output_grads
         if layout.is_single or _is_small(layout):
             return 1
-        length = layout.longest if self.is_formed else max(a.shape[1], g.shape[1])
+        width = a.shape[1] + int(self.with_bias)
+        length = layout.longest if self.is_formed else max(width, g.shape[1])
         return sum_chain(length, compiled=is_compiled(a, g))
 
     @property
@@ -163,7 +166,7 @@ class OuterUse:
             row_sums += layout.sum_rows(lengths)
         else:
             method: Literal["gram", "tile"] = "tile" if self.method == "tile" else "gram"
-            outer_norms(a, g, offsets, sq_norms, row_sums, method=method)
+            outer_norms(a, g, offsets, sq_norms, row_sums, method=method, with_bias=self.with_bias)
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
@@ -195,7 +198,15 @@ class OuterUse:
         return [*ways, Way("materialise", 0.0, 2.0 * formed, formed - 4.0 * rows * p)]
 
     def by(self, method: str) -> OuterUse:
-        return replace(self, method=method)
+        return replace(self, method=method, with_bias=self.with_bias and method == "gram")
+
+    def can_take_bias(self, layout: Layout) -> bool:
+        """Whether products of pairs of rows, which the norm would come from, tell the bias' norm on their way."""
+        return (
+            not layout.is_single
+            and not _is_small(layout)
+            and is_compiled(self.activations, self.output_grads)
+        )
 
     def materialise(self, layout: Layout) -> DiagonalUse:
         """The units' gradients as rows."""
@@ -294,10 +305,45 @@ class DiagonalUse:
 
 
 @dataclass(frozen=True)
+class BiasOfOuter:
+    """Bias of a product whose norm is taken with the product's: output_grads [N, p], those of its `OuterUse`."""
+
+    output_grads: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.output_grads)
+
+    def chain(self, layout: Layout) -> int:
+        return 1
+
+    @property
+    def evidence(self) -> Tensor:
+        return self.output_grads
+
+    def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
+        pass
+
+    def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        total = weights.row_totals.pop(id(self.output_grads), None)
+        if total is None:
+            diagonal_weighted_sum(self.output_grads, weights.rows, out=out.view(-1))
+        else:
+            out.view(-1).add_(total)
+
+    def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
+        return layout.unit_rows(self.output_grads, first, last).sum(1)
+
+
+@dataclass(frozen=True)
 class DiagonalRows:
-    """A diagonal use whose rows [N, p] wait for the layout of their call."""
+    """A diagonal use whose rows [N, p] wait for the layout of their call.
+
+    `is_bias_of_outer`: they are the output gradients of the product kept just before, whose bias this is.
+    """
 
     grads: Tensor
+    is_bias_of_outer: bool = False
 
     @property
     def rows(self) -> int:

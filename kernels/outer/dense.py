@@ -70,6 +70,7 @@ def outer_norms(
     row_sums: Tensor,
     *,
     method: Method,
+    with_bias: bool = False,
     backend: Backend = "auto",
 ) -> None:
     """Add each unit's ``||sum_n g_n a_n^T||^2`` to `sq_norms` and ``sum_n |a_n| |g_n|`` to `row_sums`.
@@ -82,6 +83,7 @@ def outer_norms(
         row_sums: float32 [U].
         method: "gram", upper triangles of the products of all pairs of a unit's rows; or "tile", pieces of the
             unit's gradient, squared and forgotten.
+        with_bias: each activation has a one at its end, so that the norm is that of weight and bias together.
         backend: who executes.
     """
     units = _check_units(activations, output_grads, offsets)
@@ -90,6 +92,9 @@ def outer_norms(
     if method not in ("gram", "tile"):
         raise ValueError(f"method: got {method!r}, expected 'gram' or 'tile'")
     chosen = choose(backend, activations, output_grads, offsets, written=(sq_norms, row_sums))
+    if with_bias and not (chosen == "cpp" and method == "gram"):
+        ones = activations.new_ones(len(activations), 1)
+        activations, with_bias = torch.cat([activations, ones], dim=1), False
     if chosen == "triton":
         from synthward.kernels.outer import triton_impl
 
@@ -99,7 +104,7 @@ def outer_norms(
     if chosen == "cpp":
         arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
         if method == "gram":
-            _C.gram_norms(*arrays, threads())
+            _C.gram_norms(*arrays, with_bias, threads())
         else:
             _C.tile_norms(*arrays, None, threads())
         written(sq_norms, row_sums)

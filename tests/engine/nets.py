@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthward.engine import KeySchedule, PrivacyPlan, PrivateTrainer
+from synthward.engine import KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
 from tests.oracles import clipped_sum, flat_parameters, per_unit_gradients
 
 
@@ -74,7 +74,11 @@ def oracle(module: nn.Module, x: Tensor, counts: Sequence[int], max_grad_norm: f
 
 
 def make_trainer(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None = None, **changes
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    perf: PerfSpec | None = None,
+    **changes,
 ) -> PrivateTrainer:
     """A trainer whose update is the released sum (SGD at rate 1, expected batch 1, no noise) unless
     changed."""
@@ -86,7 +90,8 @@ def make_trainer(
         "expected_batch_size": 1.0,
     }
     optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=1.0)
-    return PrivateTrainer(module, optimizer, PrivacyPlan(**(fields | changes)), keys=KeySchedule.from_os())
+    plan = PrivacyPlan(**(fields | changes))
+    return PrivateTrainer(module, optimizer, plan, keys=KeySchedule.from_os(), perf=perf)
 
 
 def accumulate(trainer: PrivateTrainer, module: nn.Module, x: Tensor, counts: Sequence[int], **where) -> None:
