@@ -8,6 +8,11 @@ from torch import Tensor
 from synthward.engine.spec import ClipSpec
 
 UNIT_ROUNDOFF = 2.0**-24
+# What underflow takes from a number in fp32 is less than this, also where denormals are flushed to zero.
+SMALLEST_NORMAL = 2.0**-126
+# Squares are added up in double and each such sum is rounded once. A unit has fewer than 2^30 of them; what is lost
+# in coordinates of a formed gradient is far below the root.
+LOST_SQUARES = 2.0**30 * SMALLEST_NORMAL
 
 
 def product_error(chain: int, row_sums: Tensor) -> Tensor:
@@ -51,10 +56,11 @@ def clip_factors(
         scale: what the gradients are multiplied by before they are clipped (undoes a mean over rows).
         unit_mask: bool [U] or None; a masked unit (False) gets 0.
 
-    Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding of the norm included; a
-        unit whose norm is NaN or infinite gets exactly 0. No branch on the data, no synchronisation.
+    Guarantees: the norm of ``factor * gradient`` is at most C for every unit, rounding and underflow of the norm
+        included; a unit whose norm is NaN or infinite gets exactly 0. No branch on the data, no
+        synchronisation.
     """
-    upper = (sample_sq_norm + error) * (1.0 + (2 * parameters + 16) * UNIT_ROUNDOFF)
+    upper = (sample_sq_norm + error + LOST_SQUARES) * (1.0 + (2 * parameters + 16) * UNIT_ROUNDOFF)
     norm = upper.clamp_min(0.0).sqrt().mul_(scale * (1.0 + 8 * UNIT_ROUNDOFF))
     if clip.clipping == "automatic":
         factor = (bound * scale) / (norm + clip.gamma)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState
+from synthward.engine.clipping import SMALLEST_NORMAL
 from synthward.engine.layout import Layout
 from synthward.engine.provenance import Part as Part
 from synthward.kernels import (
@@ -54,8 +55,8 @@ class Norms:
         self._squares[id(rows)] = (rows, squares)
 
     def rows(self, rows: Tensor) -> Tensor:
-        """L2 norm of each row of `rows` [N, p], float32 [N]."""
-        return self.squares(rows).sqrt()
+        """L2 norm of each row of `rows` [N, p], float32 [N]; not below it where the square underflows."""
+        return self.squares(rows).add(SMALLEST_NORMAL).sqrt()
 
 
 def _is_small(layout: Layout) -> bool:
@@ -453,4 +454,6 @@ def add_cross_term(
     ids = scatter_layout.unit_rows(scatter.ids, 0, units, fill=-1)
     picked = torch.gather(g, 2, ids.clamp_min(0).unsqueeze(1).expand(-1, g.shape[1], -1))
     picked = torch.where((ids >= 0).unsqueeze(1), picked, torch.zeros_like(picked))
-    out.add_((picked * torch.bmm(a, e.transpose(1, 2))).sum((1, 2)), alpha=2.0)
+    # What underflow may take from an inner product counts as if it were there.
+    lost = picked.abs() * (a.shape[2] * SMALLEST_NORMAL)
+    out.add_((picked * torch.bmm(a, e.transpose(1, 2)) + lost).sum((1, 2)), alpha=2.0)

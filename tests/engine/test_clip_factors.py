@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from synthward.engine import ClipSpec
 from synthward.engine.clipping import clip_factors, formed_error, product_error
 from synthward.engine.layout import Layout
-from synthward.engine.rules.uses import Norms, OuterUse
+from synthward.engine.rules.uses import Norms, OuterUse, ScatterUse, add_cross_term
+from synthward.kernels import diagonal_sq_norms
 
 
 def factors_of(
@@ -74,6 +75,49 @@ def test_rows_that_cancel_inside_a_unit_stay_within_c(size, rest, seed):
     for layout in (Layout.uniform(1, 2), Layout.ragged(torch.tensor([0, 2]))):
         factors, norms = factors_of(a, g, layout, 1.0), true_norms(a, g, 1)
         assert (factors * norms <= 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "clip", [ClipSpec(1e-12), ClipSpec(1.0, clipping="automatic", gamma=1e-30)], ids=["flat", "automatic"]
+)
+@pytest.mark.parametrize("size", [1e-30, 1e-24, 1e-20, 1e-15, 1e-12, 1e-10])
+def test_what_underflow_takes_from_a_norm_is_covered(clip, size):
+    """A norm of zero would let automatic clipping blow the gradient up."""
+    g = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)) * size
+    clipped = clip_factors(diagonal_sq_norms(g), clip, bound=clip.max_grad_norm)[0].double() * g.double()
+    assert float(clipped.norm()) <= clip.max_grad_norm
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e-6, 1.0])
+def test_what_covers_underflow_costs_little_at_every_bound_that_is_taken(bound):
+    factors, _, _ = clip_factors(torch.tensor([bound**2]), ClipSpec(bound), bound=bound)
+    assert 0.9999 <= float(factors) <= 1.0
+
+
+def test_rows_that_cancel_and_whose_squares_underflow_are_not_taken_for_nothing():
+    """The squares of one side are zero in fp32. What is released of such rows is the rounding of their sum, 2^-24 of
+    the rows' own gradients: the norm that is clipped must not be below that."""
+    a, row = torch.full((2, 3), 3e-24), torch.full((1, 3), 5e18)
+    g = torch.cat([row, -row])
+    for x, y in ((a, g), (g, a)):
+        for layout in (Layout.uniform(1, 2), Layout.ragged(torch.tensor([0, 2]))):
+            sq_norms, row_sums, use = torch.zeros(1), torch.zeros(1), OuterUse(x, y)
+            use.add_norms(sq_norms, row_sums, layout, Norms())
+            upper = sq_norms + product_error(use.chain(layout), row_sums)
+            lengths = x.double().norm(dim=1) * y.double().norm(dim=1)
+            assert float(upper.sqrt()) >= 2.0**-24 * float(lengths.sum())
+
+
+def test_a_cross_term_that_underflows_stays_within_c():
+    """A table that is also an output weight: the product of an activation and a table row's gradient is zero in
+    fp32, what it meets is not."""
+    outer = OuterUse(torch.full((1, 1), 2.0**-140), torch.full((1, 1), 2.0**127))
+    scatter = ScatterUse(torch.zeros(1, dtype=torch.int64), torch.full((1, 1), 2.0**-13), 1)
+    layout, sq_norms = Layout.uniform(1, 1), torch.zeros(1)
+    outer.add_norms(sq_norms, torch.zeros(1), layout, Norms())
+    scatter.add_norms(sq_norms, torch.zeros(1), layout, Norms())
+    add_cross_term(outer, layout, scatter, layout, sq_norms)
+    assert float(sq_norms) >= (2 * 2.0**-13) ** 2
 
 
 def test_not_finite_weighs_exactly_nothing():
