@@ -4,6 +4,7 @@ A privacy unit is a segment of rows. ``offsets`` int64 [U + 1] says which: unit 
 ``offsets[u]:offsets[u + 1]``; None means that every row is a unit of its own.
 """
 
+from synthward.kernels._allocation import reuse_freed_blocks as reuse_freed_blocks
 from synthward.kernels._chacha import chacha20_words as chacha20_words
 from synthward.kernels._select import Backend as Backend
 from synthward.kernels._select import available_isas as available_isas
