@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import UnsupportedOperationError
-from synthward.engine.rules import bare, conv, group_norm, layer_norm, matmul, recurrent
+from synthward.engine.rules import (
+    attention,
+    bare,
+    conv,
+    group_norm,
+    layer_norm,
+    matmul,
+    recurrent,
+)
 from synthward.engine.rules.embedding import embedding
 from synthward.engine.rules.linear import linear
 
@@ -22,11 +30,12 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **bare.HANDLERS,
     **matmul.HANDLERS,
     **recurrent.HANDLERS,
+    **attention.HANDLERS,
 }
 
 HINTS = {
-    "multi_head_attention_forward": "write the attention with nn.Linear projections and "
-    "scaled_dot_product_attention",
+    "scaled_dot_product_attention": "give each row of the batch its copy of a learned mask: "
+    "mask.expand(rows, -1, -1, -1)",
 }
 
 
