@@ -44,11 +44,15 @@ def warm_up() -> None:
     """Load what torch loads at its first step, threads included, so that it does not count as the step's."""
     import torch
 
+    from synthward.engine.rates import measured_rates
+
     layer = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 8))
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.randn(64, 2, 4, 4)).sum().backward()
     optimizer.step()
     torch.randn(512, 512) @ torch.randn(512, 512)
+    # Measured once on a machine, then read from a file.
+    measured_rates(torch.device("cpu"))
 
 
 if __name__ == "__main__":

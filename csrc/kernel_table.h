@@ -87,6 +87,10 @@ struct KernelTable {
   void (*group_norm_backward)(const float* x, const float* g, const float* mean, const float* rstd,
                               const float* weight, int64_t from, int64_t to, int64_t groups, int64_t channels,
                               int64_t length, float* dx, float* scale, float* bias);
+  // Plain products (core/product.inl).
+  void (*product_layout)(int64_t n, int64_t q, int64_t* pieces, int64_t* scratch);
+  void (*product)(const float* x, const float* w, const float* bias, int64_t n, int64_t k, int64_t q,
+                  int is_transposed, int64_t index, float* out, float* scratch);
 };
 
 const int64_t kLongestGram = 64;

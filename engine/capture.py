@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
+from synthward.engine.products import Products
 from synthward.engine.provenance import Derived, Provenance, Target, tensors_in
 from synthward.engine.scratch import Workspace
 
@@ -56,10 +57,14 @@ class CaptureState:
     Args:
         parameters: the tracked parameters; the index of each is its position.
         names: their names, for messages.
+        products: who multiplies matrices.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], names: list[str]) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], names: list[str], products: Products | None = None
+    ) -> None:
         self.parameters, self._names = parameters, names
+        self.products = products or Products()
         self._positions = {id(parameter): i for i, parameter in enumerate(parameters)}
         device = parameters[0].device
         # Each captured call takes the anchor as an input, so that it is in the graph even if its data is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,19 +15,22 @@ from pathlib import Path
 
 import torch
 
-from synthward.kernels import cpu_isa, outer_norms
+from synthward.kernels import cpu_isa, outer_norms, product
 
-_VERSION = 1
+_VERSION = 2
 _known: dict[str, Rates] = {}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Floating-point operations a second of the two kinds of norms, and bytes a second to and from memory."""
+    """Floating-point operations a second of the two kinds of norms, bytes a second to and from memory, and operations
+    a second of a product by the compiled kernel (0 where there is none) and by torch's library."""
 
     gram: float
     tile: float
     bytes: float
+    product: float
+    library: float
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -65,7 +69,9 @@ def _read(path: Path, name: str) -> Rates | None:
         found = Rates(**{key: float(value) for key, value in json.loads(path.read_text())[name].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return found if min(asdict(found).values()) > 0.0 else None
+    return (
+        found if min(asdict(found).values()) >= 0.0 and found.gram * found.tile * found.bytes > 0.0 else None
+    )
 
 
 def _write(path: Path, name: str, rates: Rates) -> None:
@@ -90,10 +96,15 @@ def _measure(device: torch.device) -> Rates:
     gram = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="gram"), device)
     tile = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="tile"), device)
     # Larger than most caches.
-    block = torch.ones(1 << 24, device=device)
+    block = torch.ones(1 << 23, device=device)
     target = torch.empty_like(block)
     copy = _seconds(lambda: target.copy_(block), device)
+    left, right = block[: 1 << 19].view(1024, 512), block[: 1 << 18].view(512, 512)
+    own = _seconds(lambda: product(left, right, backend="cpp"), device) if device.type == "cpu" else math.inf
+    library = _seconds(lambda: product(left, right, backend="reference"), device)
     return Rates(
+        product=(1 << 29) / own,
+        library=(1 << 29) / library,
         gram=units * rows * rows * 2 * width / gram,
         tile=2 * units * rows * width * width / tile,
         bytes=2 * block.nbytes / copy,

@@ -91,6 +91,7 @@ class NoiseSpec:
 
 
 KEEPS = ("full", "bf16", "recompute")
+PRODUCTS = ("auto", "library", "own")
 METHODS = ("auto", "rank-1", "gram", "tile", "materialise")
 
 
@@ -106,17 +107,22 @@ class PerfSpec:
         method: how norms of linear weights and convolutions are taken; "auto" chooses by the cost model.
         materialise_bytes: memory for per-unit gradients that are kept for the clip; None: a tenth of what the
             forward pass keeps.
+        products: who multiplies in the forward pass and for input gradients of linear layers on a CPU: "library"
+            (torch's), "own" (the compiled kernel), or "auto", the one that was measured to be faster.
     """
 
     keep: str = "full"
     method: str = "auto"
     materialise_bytes: int | None = None
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         if self.keep not in KEEPS:
             raise ConfigError(f"keep: got {self.keep!r}; choose one of {', '.join(KEEPS)}")
         if self.method not in METHODS:
             raise ConfigError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.products not in PRODUCTS:
+            raise ConfigError(f"products: got {self.products!r}; choose one of {', '.join(PRODUCTS)}")
         if self.materialise_bytes is not None and self.materialise_bytes < 0:
             raise ConfigError("materialise_bytes: give a number of bytes of at least 0")
 

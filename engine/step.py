@@ -19,6 +19,7 @@ from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
 from synthward.engine.optim import Noise, make_updater
 from synthward.engine.planner import Planner
+from synthward.engine.products import Products
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
 from synthward.kernels import gaussian_noise
@@ -64,7 +65,8 @@ class DPStep:
         self.planner = Planner(perf or PerfSpec(), names, len(self.flat.data))
         self.groups = make_groups(clip, names)
         self.quantile = Quantile(clip, noise, expected_batch_size) if clip.clipping == "adaptive" else None
-        self.state = CaptureState([span.parameter for span in self.flat], names)
+        products = Products(self.planner.perf.products)
+        self.state = CaptureState([span.parameter for span in self.flat], names, products)
         self.state.start_pass = self.start_pass
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.has_sum = False

@@ -29,6 +29,7 @@ from synthward.kernels.outer.dense import outer_sum as outer_sum
 from synthward.kernels.outer.dense import outer_unit_grads as outer_unit_grads
 from synthward.kernels.outer.dense import rank1_norms as rank1_norms
 from synthward.kernels.outer.dense import sum_chain as sum_chain
+from synthward.kernels.product import product as product
 from synthward.kernels.scatter import scatter_sq_norms as scatter_sq_norms
 from synthward.kernels.scatter import scatter_weighted_sum as scatter_weighted_sum
 from synthward.kernels.update import noisy_adam_ as noisy_adam_

@@ -131,6 +131,31 @@ void outer_sum(const Floats& a, const Floats& g, const Floats& weights, Floats& 
   }
 }
 
+void product(const Floats& x, const Floats& w, const std::optional<Floats>& bias, bool is_transposed, Floats& out,
+             int threads) {
+  const float *px = input(x, "x", 2), *pw = input(w, "weight", 2);
+  const int64_t n = x.shape(0), k = x.shape(1), q = w.shape(is_transposed ? 0 : 1);
+  check_length(w.shape(is_transposed ? 1 : 0), k, "weight");
+  float* po = output(out, "out", 2);
+  check_length(out.shape(0), n, "out");
+  check_length(out.shape(1), q, "out");
+  check_apart(x, out, "out");
+  check_apart(w, out, "out");
+  const float* const pb = bias ? input(*bias, "bias", 1) : nullptr;
+  if (bias) {
+    check_length(bias->shape(0), q, "bias");
+    check_apart(*bias, out, "out");
+  }
+  if (n == 0 || q == 0) return;
+  py::gil_scoped_release release;
+  const KernelTable& table = kernels();
+  int64_t pieces = 0, scratch = 0;
+  table.product_layout(n, q, &pieces, &scratch);
+  parallel_for(pieces, 1, threads, [=, &table](int64_t f, int64_t t) {
+    for (int64_t i = f; i < t; ++i) table.product(px, pw, pb, n, k, q, is_transposed, i, po, scratch_of(scratch));
+  });
+}
+
 }  // namespace
 
 void bind_dense(py::module_& m) {
@@ -144,6 +169,8 @@ void bind_dense(py::module_& m) {
         fixed("bias_out").none(true), arg("threads"));
   m.def("outer_sum", &outer_sum, fixed("activations"), fixed("output_grads"), fixed("row_weights"), fixed("out"),
         fixed("bias").none(true), arg("threads"));
+  m.def("product", &product, fixed("x"), fixed("weight"), fixed("bias").none(true), arg("is_transposed"), fixed("out"),
+        arg("threads"));
 }
 
 }  // namespace synthward

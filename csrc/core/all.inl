@@ -17,6 +17,7 @@ namespace SYNTHWARD_ISA {
 #include "core/gaussian.inl"
 #include "core/norms.inl"
 #include "core/gemm.inl"
+#include "core/product.inl"
 #include "core/conv.inl"
 #include "core/normalize.inl"
 #include "core/sums.inl"
@@ -28,7 +29,7 @@ const KernelTable table = {
     diagonal_sq_norms,  scatter_sq_norms, scale_rows, diagonal_weighted_sum, scatter_weighted_sum,
     gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
     conv_scratch,       conv_norms,       conv_sum,   conv_gram_scratch,     conv_gram_norms,
-    layer_norm_scratch, layer_norm_backward, group_norm_backward,
+    layer_norm_scratch, layer_norm_backward, group_norm_backward, product_layout, product,
 };
 
 }  // namespace SYNTHWARD_ISA

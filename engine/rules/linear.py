@@ -29,7 +29,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.state, ctx.call = state, call
-        return F.linear(x, weight, bias)
+        return state.products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         elif bias_at is not None:
             uses.append((bias_at, diagonal_use(ctx.state, g, leading, forward)))
         ctx.state.keep(Kept("linear", leading, forward, uses))
-        grad_x = grad.matmul(weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        grad_x = ctx.state.products.input_grad(grad, weight) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, ctx.state.anchor_grad, None, None
 
 

@@ -26,6 +26,7 @@ def rank1_norms(
 def outer_sum(
     activations: _F, output_grads: _F, row_weights: _F, out: _F, bias: _F | None, threads: int
 ) -> None: ...
+def product(x: _F, weight: _F, bias: _F | None, is_transposed: bool, out: _F, threads: int) -> None: ...
 def conv_norms(
     shape: list[int],
     images: _F,

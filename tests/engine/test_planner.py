@@ -35,7 +35,9 @@ def planned(use, layout, perf: PerfSpec | None = None, kept: int = 1 << 30) -> t
 @pytest.fixture
 def even(monkeypatch):
     """A machine of round numbers."""
-    monkeypatch.setattr("synthward.engine.planner.measured_rates", lambda device: Rates(1e11, 1e11, 1e10))
+    monkeypatch.setattr(
+        "synthward.engine.planner.measured_rates", lambda device: Rates(1e11, 1e11, 1e10, 1e11, 1e11)
+    )
 
 
 def test_the_cheapest_way_is_chosen(even):
@@ -122,7 +124,7 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rates_module, "_known", {})
     found = measured_rates(torch.device("cpu"))
-    assert min(found.gram, found.tile, found.bytes) > 1e6
+    assert min(found.gram, found.tile, found.bytes, found.product, found.library) > 1e6
     monkeypatch.setattr(rates_module, "_known", {})
     monkeypatch.setattr(rates_module, "_measure", lambda device: pytest.fail("measured again"))
     assert measured_rates(torch.device("cpu")) == found
@@ -134,6 +136,6 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_settings_that_are_none():
-    for settings in ({"method": "fast"}, {"keep": "half"}, {"materialise_bytes": -1}):
+    for settings in ({"method": "fast"}, {"keep": "half"}, {"materialise_bytes": -1}, {"products": "mine"}):
         with pytest.raises(ConfigError):
             PerfSpec(**settings)
