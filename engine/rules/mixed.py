@@ -41,8 +41,9 @@ def add_mixed_norms(
             _add_unit_grads(target, use.unit_grads(layout, first, last), shapes, totals)
         for total in totals.values():
             sq_norms[first:last] += total.view(last - first, -1).double().square().sum(1).float()
-    rows = max(layout.num_rows // max(layout.num_units, 1) for _, _, layout in items)
-    return rows + len(items) + max(max(shapes[p], default=1) for p in positions)
+    # A product with the slopes of a computed weight sums over an axis of the parameter; parts just lie in it.
+    axes = [n for t, _, _ in items if isinstance(t, Derived) for p in t.positions for n in shapes[p]]
+    return max(layout.longest for _, _, layout in items) + len(items) + max(axes, default=0)
 
 
 def _numel(target: Target, shapes: list[torch.Size]) -> int:
