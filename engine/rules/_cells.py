@@ -153,7 +153,7 @@ class LSTMCell:
         _sigmoid_slope(squashed, o, d_o)
         through = _tanh_slope(o, squashed, torch.empty_like(squashed)).unbind(1)
         steps, forget, d_outs, grads = d.unbind(1), f.unbind(1), d_o.unbind(1), grad.unbind(1)
-        first_three = d.view(*d.shape[:2], 4, -1)[:, :, :3].unbind(1)
+        first_three = d.view(*d.shape[:2], 4, c0.shape[1])[:, :, :3].unbind(1)
         dh_all = None if w.w_hr is None else torch.empty_like(grad)
         dc = torch.zeros_like(c0) if grad_cell is None else grad_cell
         later: Tensor | None = None
@@ -219,7 +219,7 @@ class GRUCell:
         _sigmoid_slope(shifted(out, h0, order) - n, z, d_z)
         torch.mul(slope_n, r, out=d_n)
         dh_all = torch.empty_like(out)
-        gradients, kept, ends = d.view(*d.shape[:2], 3, -1).unbind(1), z.unbind(1), dh_all.unbind(1)
+        gradients, kept, ends = d.view(*d.shape[:2], 3, h0.shape[1]).unbind(1), z.unbind(1), dh_all.unbind(1)
         steps, grads = d.unbind(1), grad.unbind(1)
         carried: Tensor | None = None
         for t in reversed(order):

@@ -66,9 +66,10 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_cell: Tensor | None) -> tuple[Tensor | None, ...]:
         kind: _Kind = ctx.kind
         ctx.state.refuse_double(kind.operation)
-        x, h0, c0 = ctx.saved_tensors[:3]
-        weights = Weights(*ctx.saved_tensors[3:8])
-        out, *saved = ctx.saved_tensors[8:]
+        # Asked for once: activation checkpointing computes them anew and hands them out a single time.
+        x, h0, c0, *rest = ctx.saved_tensors
+        weights = Weights(*rest[:5])
+        out, *saved = rest[5:]
         with torch.autocast(x.device.type, enabled=False):
             w = _cast(weights, ctx.dtype)
             grad = torch.zeros_like(out) if grad is None else grad
