@@ -66,6 +66,31 @@ def unit_losses(module: nn.Module, x: Tensor, counts: Sequence[int]) -> Tensor:
     return losses.new_zeros(len(counts)).index_add(0, units, losses)
 
 
+def assert_clipped_sum(
+    found: np.ndarray, gradients: Sequence[np.ndarray], max_grad_norm: float, *, slack: float = 5e-3
+) -> None:
+    """`found` [P] is a sum of the units' gradients, each by a factor of at most ``min(1, C / norm)``, and of less by no
+    more than `slack`: the norm is inflated by the bound of its rounding, which is large where many rows cancel."""
+    lengths = [float(np.linalg.norm(gradient)) for gradient in gradients]
+    kept = [(g, n) for g, n in zip(gradients, lengths, strict=True) if n > 0.0]
+    if not kept:
+        np.testing.assert_array_equal(found, 0.0)
+        return
+    # Unknowns are factors over the ideal ones, of columns of about unit length.
+    ideal = np.stack([g * min(1.0, max_grad_norm / n) for g, n in kept], axis=1)
+    scale = np.linalg.norm(ideal, axis=0)
+    share = np.linalg.lstsq(ideal / scale, found, rcond=1e-9)[0] / scale
+    error = np.linalg.norm(ideal @ share - found)
+    assert error <= 2e-5 * np.linalg.norm(found) + 2e-6 * np.sqrt(len(found)), (
+        "not a sum of the units' gradients"
+    )
+    # Reading a sum back as a difference of fp32 parameters of magnitude up to 2 loses 1.2e-7 a coordinate.
+    lost = 1e-5 + 1e-6 * np.sqrt(len(found)) / scale
+    alone = np.linalg.svd(ideal / scale, compute_uv=False)[-1]
+    if len(kept) <= len(found) and alone > 0.05:  # else the units' shares can not be told apart
+        assert (share <= 1.0 + lost / alone).all() and (share >= 1.0 - slack - lost / alone).all(), share
+
+
 def oracle(module: nn.Module, x: Tensor, counts: Sequence[int], max_grad_norm: float) -> np.ndarray:
     """The clipped sum by the float64 loop over units, [P]."""
     parts = [part for part in torch.split(x, list(counts)) if len(part)]
