@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from synthward.kernels import gaussian_noise, noisy_adam_
+from synthward.kernels import ConvShape, gaussian_noise, noisy_adam_, sum_chain
+from synthward.kernels.conv import reference as conv_reference
+from synthward.kernels.conv import triton_impl as conv
 from synthward.kernels.diagonal import triton_impl as diagonal
 from synthward.kernels.noise import triton_impl as noise
 from synthward.kernels.outer import triton_impl as outer
@@ -101,6 +103,9 @@ def all_cases(device: str, *, small: bool) -> Iterator[Callable[[], Case]]:
         yield lambda dtype=dtype: diagonal_sum(make, dtype)
         yield lambda dtype=dtype: scatter_norms(make, dtype)
         yield lambda dtype=dtype: scatter_sum(make, dtype)
+    for rows, shape in _conv_shapes(make):
+        for run in (conv_norms, conv_unit_grads, conv_sum):
+            yield lambda run=run, n=rows, v=shape: run(make, n, v)
     yield lambda: added_noise(make)
     yield lambda: adam(make)
     yield lambda: sgd(make)
@@ -289,6 +294,95 @@ def scatter_sum(make: Maker, dtype: torch.dtype) -> Case:
         tolerance=1e-6,
         bytes=ids.nbytes + g.nbytes + 8 * p * len(ids.unique()),
         dtype=dtype,
+        clear=[out],
+    )
+
+
+# Images; groups, channels and outputs of one; height and width, kernel, stride. The first layer of an image network,
+# one of its middle, one of its end, a depthwise one, and one of sequences.
+CONVOLUTIONS = [
+    (128, 1, 3, 64, (224, 224), (7, 7), 2),
+    (256, 1, 64, 64, (56, 56), (3, 3), 1),
+    (256, 1, 512, 512, (7, 7), (3, 3), 1),
+    (256, 256, 1, 1, (28, 28), (3, 3), 1),
+    (512, 1, 128, 256, (1, 1024), (1, 5), 1),
+]
+SMALL_CONVOLUTIONS = [
+    (2, 1, 3, 20, (9, 10), (7, 7), 2),
+    (2, 1, 9, 70, (6, 7), (3, 3), 1),
+    (2, 3, 1, 1, (6, 5), (3, 3), 1),
+    (2, 1, 9, 20, (1, 150), (1, 5), 1),
+]
+
+
+def _conv_shapes(make: Maker) -> Iterator[tuple[int, ConvShape]]:
+    table = SMALL_CONVOLUTIONS if make.small else CONVOLUTIONS
+    for rows, groups, channels, outputs, size, kernel, step in table:
+        padding = tuple(k // 2 for k in kernel)
+        high, wide = ((n + 2 * p - k) // step + 1 for n, p, k in zip(size, padding, kernel, strict=True))
+        axes = ((1, *size), (1, *kernel), (1, step, step), (0, *padding), (1, 1, 1), (1, high, wide))
+        yield rows, ConvShape(groups, channels, outputs, *axes)
+
+
+def _conv_name(rows: int, v: ConvShape) -> str:
+    return f"{rows} of {v.groups} x {v.channels}-{v.outputs}, {v.size[1]} x {v.size[2]}, {v.kernel[1]} x {v.kernel[2]}"
+
+
+def _conv_rows(make: Maker, rows: int, v: ConvShape) -> tuple[Tensor, Tensor]:
+    return make.matrix(rows, v.image_numel, torch.float32), make.matrix(rows, v.output_numel, torch.float32)
+
+
+def conv_norms(make: Maker, rows: int, v: ConvShape) -> Case:
+    x, g = _conv_rows(make, rows, v)
+    offsets = make.offsets(rows, 1, False)
+    out, sums = make.zeros(rows), make.zeros(rows)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        found = conv_reference.unit_grads(v, x, g, offsets, None).square().sum(1)
+        return found, found
+
+    return Case(
+        *("conv_norms", _conv_name(rows, v)),
+        *(lambda: conv.norms(v, x, g, offsets, None, out, sums), lambda: out, exact),
+        tolerance=1e-5,
+        bytes=x.nbytes + g.nbytes,
+        flops=2.0 * rows * v.places * v.numel,
+        clear=[out, sums],
+    )
+
+
+def conv_unit_grads(make: Maker, rows: int, v: ConvShape) -> Case:
+    x, g = _conv_rows(make, rows, v)
+    offsets, out = make.offsets(rows, 1, False), make.zeros(rows, v.numel)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        found = conv_reference.unit_grads(v, x, g, offsets, None)
+        return found, conv_reference.unit_grads(v, x.abs(), g.abs(), offsets, None)
+
+    return Case(
+        *("conv_unit_grads", _conv_name(rows, v)),
+        *(lambda: conv.unit_grads(v, x, g, offsets, None, out), lambda: out, exact),
+        tolerance=2.0**-23 * sum_chain(v.places, compiled=True),
+        bytes=x.nbytes + g.nbytes + out.nbytes,
+        flops=2.0 * rows * v.places * v.numel,
+    )
+
+
+def conv_sum(make: Maker, rows: int, v: ConvShape) -> Case:
+    x, g = _conv_rows(make, rows, v)
+    w, out = make.weights(rows), make.zeros(v.numel)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        found, magnitude = out.double().zero_(), out.double().zero_()
+        conv_reference.weighted_sum(v, x, g, w, found)
+        conv_reference.weighted_sum(v, x.abs(), g.abs(), w, magnitude)
+        return found, magnitude
+
+    return Case(
+        *("conv_sum", _conv_name(rows, v), lambda: conv.weighted_sum(v, x, g, w, out), lambda: out, exact),
+        tolerance=2.0**-23 * sum_chain(rows * v.places, compiled=True),
+        bytes=x.nbytes + g.nbytes + 2 * out.nbytes,
+        flops=2.0 * rows * v.places * v.numel,
         clear=[out],
     )
 

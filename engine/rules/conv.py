@@ -58,7 +58,8 @@ class ConvUse:
 
     @property
     def is_formed(self) -> bool:
-        return self.method == "tile"
+        # Products of pairs are known to the compiled kernels alone; all others form the gradient.
+        return self.method == "tile" or not is_compiled(self.images, self.output_grads)
 
     @property
     def evidence(self) -> Tensor:
@@ -66,7 +67,8 @@ class ConvUse:
 
     def chain(self, layout: Layout) -> int:
         if not is_compiled(self.images, self.output_grads):
-            return 1
+            # Triton's: one sum over all places of the unit's images. The reference, in double, is well within it.
+            return sum_chain(self.shape.places * layout.longest, compiled=True)
         if self.is_formed:
             within = min(self.shape.places, SUM_BLOCK)
             return within + -(-self.shape.places // SUM_BLOCK) * layout.longest

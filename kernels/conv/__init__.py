@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, Choice, choose
 from synthward.kernels.conv import cpp_impl, reference
 from synthward.kernels.conv.shape import ConvShape as ConvShape
 
@@ -43,11 +43,11 @@ def conv_norms(
         sq_norms: float32 [U].
         row_sums: float32 [U].
         order: int64 [N], the images in unit order; None where they are.
-        method: "gram", products of pairs of places (stride 1, one image a unit, N = U); or "tile", the gradient
-            itself, squared and forgotten.
+        method: "gram", products of pairs of places (stride 1, one image a unit, N = U), which only the compiled
+            kernels know, others form the gradient; or "tile", the gradient itself, squared and forgotten.
         backend: who executes.
     """
-    units = _check_rows(shape, images, output_grads, offsets)
+    units = _check_rows(shape, images, output_grads, offsets, order)
     _check.flat_float(sq_norms, "sq_norms", units)
     _check.flat_float(row_sums, "row_sums", units)
     if method not in ("gram", "tile"):
@@ -56,8 +56,12 @@ def conv_norms(
         shape.stride != (1, 1, 1) or order is not None or not _is_single(offsets, images)
     ):
         raise ValueError("method: 'gram' needs one image a unit and stride 1")
-    tensors = (images, output_grads, offsets, sq_norms, row_sums, order)
-    if use_cpp(backend, *tensors) and len(images):
+    chosen = _choose(shape, backend, images, output_grads, offsets, order, written=(sq_norms, row_sums))
+    if chosen == "triton":
+        from synthward.kernels.conv import triton_impl
+
+        triton_impl.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums)
+    elif chosen == "cpp" and len(images):
         cpp_impl.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums, None, method)
     else:
         reference.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums)
@@ -73,9 +77,15 @@ def conv_unit_grads(
     backend: Backend = "auto",
 ) -> Tensor:
     """Gradient of each unit, float32 [U, numel], channels last. Arguments as in `conv_norms`."""
-    units = _check_rows(shape, images, output_grads, offsets)
+    units = _check_rows(shape, images, output_grads, offsets, order)
     grads = torch.empty(units, shape.numel, dtype=torch.float32, device=images.device)
-    if use_cpp(backend, images, output_grads, offsets, order) and len(images):
+    chosen = _choose(shape, backend, images, output_grads, offsets, order)
+    if chosen == "triton":
+        from synthward.kernels.conv import triton_impl
+
+        triton_impl.unit_grads(shape, images, output_grads, offsets, order, grads)
+        return grads
+    if chosen == "cpp" and len(images):
         cpp_impl.norms(shape, images, output_grads, offsets, order, None, None, grads, "tile")
         return grads
     return grads.copy_(reference.unit_grads(shape, images, output_grads, offsets, order))
@@ -96,21 +106,45 @@ def conv_sum(
     _check_rows(shape, images, output_grads, offsets)
     _check.flat_float(row_weights, "row_weights", len(images))
     _check.flat_float(out, "out", shape.numel)
-    if use_cpp(backend, images, output_grads, row_weights, out):
+    chosen = _choose(shape, backend, images, output_grads, row_weights, written=(out,))
+    if chosen == "triton":
+        from synthward.kernels.conv import triton_impl
+
+        triton_impl.weighted_sum(shape, images, output_grads, row_weights, out)
+        return
+    if chosen == "cpp":
         if len(images):
             cpp_impl.weighted_sum(shape, images, output_grads, row_weights, out)
         return
     reference.weighted_sum(shape, images, output_grads, row_weights, out)
 
 
+def _choose(
+    shape: ConvShape, backend: Backend, *inputs: Tensor | None, written: tuple[Tensor, ...] = ()
+) -> Choice:
+    # The Triton kernels count in 32 bits within one image.
+    axes = (*shape.reach, *shape.size, *(abs(p) for p in shape.padding))
+    fits = max(shape.image_numel, shape.output_numel, shape.numel, *axes) < 1 << 30
+    return choose(backend, *inputs, written=written, triton=fits)
+
+
 def _is_single(offsets: Tensor, images: Tensor) -> bool:
-    return len(offsets) == len(images) + 1 and bool((offsets.diff() == 1).all())
+    if len(offsets) != len(images) + 1:
+        return False
+    # On a device it would take waiting to know; what runs there takes any units.
+    return offsets.device.type != "cpu" or bool((offsets.diff() == 1).all())
 
 
-def _check_rows(shape: ConvShape, images: Tensor, output_grads: Tensor, offsets: Tensor) -> int:
+def _check_rows(
+    shape: ConvShape, images: Tensor, output_grads: Tensor, offsets: Tensor, order: Tensor | None = None
+) -> int:
     _check.matrix(images, "images")
     _check.matrix(output_grads, "output_grads")
     _check.same_rows(output_grads, len(images), "output_grads")
     _check.shape(images, (len(images), shape.image_numel), "images")
     _check.shape(output_grads, (len(images), shape.output_numel), "output_grads")
+    if order is not None:
+        if order.dtype != torch.int64:
+            raise TypeError(f"order: has dtype {order.dtype}, expected torch.int64")
+        _check.shape(order, (len(images),), "order")
     return _check.unit_count(offsets, len(images))

@@ -135,8 +135,15 @@ def diagonal_weighted_sum(rows: Tensor, row_weights: Tensor, factors: Tensor | N
             BP=width,
             **FUSED,
         )
-        _columns_kernel[(across,)](partials, out, pieces, p, BP=width, **FUSED)
+        add_pieces(out, partials)
     written(out)
+
+
+def add_pieces(out: Tensor, partials: Tensor) -> None:
+    """Add to ``out`` float32 [p] the rows of `partials` float64 [pieces, p], in their order."""
+    pieces, p = partials.shape
+    width = block(p, 16, 128)
+    _columns_kernel[(ceil_div(p, width),)](partials, out, pieces, p, BP=width, **FUSED)
 
 
 def _contiguous(factors: Tensor | None) -> Tensor | None:

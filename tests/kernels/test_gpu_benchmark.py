@@ -30,6 +30,7 @@ def test_every_kernel_is_right_before_it_is_timed():
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert {"rank1_norms", "gram_norms", "tile_norms", "outer_sum", "noisy_adam_", "noisy_sgd_"} <= kernels
+    assert {"conv_norms", "conv_unit_grads", "conv_sum"} <= kernels
     assert "WRONG" not in done.stdout
 
 

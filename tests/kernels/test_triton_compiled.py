@@ -19,6 +19,7 @@ pytestmark = [
     ),
 ]
 MULTIPLYING = ("_gram_kernel", "_tile_kernel", "_sum_kernel")
+CONVOLVING = ("_conv_tile_kernel", "_conv_sum_kernel")  # fp32 alone
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,8 @@ def listings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 def test_no_product_of_fp32_is_tf32(listings):
     """Three digits of a norm would be three digits of the sensitivity."""
     assert not [name for name, cases in listings.items() for case in cases if case["tf32"]]
+    for name in CONVOLVING:
+        assert {case["mma"] for case in listings[name]} == {False}
     for name in MULTIPLYING:
         assert {case["mma"] for case in listings[name] if case["operands"] == "fp32"} == {False}
         # The same look finds tensor instructions where they are wanted.
@@ -51,4 +54,4 @@ def test_noise_and_updates_are_unfused_and_rounded_as_on_the_cpu(listings):
     """That is what makes them the same bits there."""
     for name in ("_noise_kernel", "_adam_kernel", "_adam_silent_kernel", "_sgd_kernel", "_sgd_silent_kernel"):
         assert not [case for case in listings[name] if case["approximate"] or case["fused_fp32"]], name
-    assert any(case["fused_fp32"] for name in MULTIPLYING for case in listings[name])
+    assert any(case["fused_fp32"] for name in (*MULTIPLYING, *CONVOLVING) for case in listings[name])

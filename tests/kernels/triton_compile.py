@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 H200 = GPUTarget("cuda", 90, 32)
 MODULES = [
     "_triton",
-    *(f"{name}.triton_impl" for name in ("outer", "diagonal", "scatter", "noise", "update")),
+    *(f"{name}.triton_impl" for name in ("outer", "conv", "diagonal", "scatter", "noise", "update")),
 ]
 BF16 = {"a_ptr": "*bf16", "g_ptr": "*bf16", "rows_ptr": "*bf16", "x_ptr": "*bf16"}
 POINTERS = {
@@ -42,6 +42,14 @@ FLOATS = {
     ),
     *("weight_decay", "lr", "momentum", "gain", "from_grad", "from_buffer", "lost_a", "lost_g"),
 }
+# Convolutions: of three axes, whose kernels stand out over the image; and one of a single place, whose numbers Triton
+# makes constants since they are 1.
+PADDED = {"IN0": False, "IN1": False, "IN2": False}
+POINT = {
+    **{"IN0": True, "IN1": False, "IN2": False},
+    **dict.fromkeys(("groups", "channels", "outputs", "places", "width", "tiles", "across"), 1),
+    **dict.fromkeys((f"{letter}{axis}" for letter in "dksrpo" for axis in range(letter in "ko", 3)), 1),
+}
 FP32_PARTIALS = {"_sum_kernel", "_join_kernel"}
 # Compile-time arguments; a pointer that is None is one too. Both operand types where a kernel multiplies.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -61,6 +69,18 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "_sum_kernel": [{"BP": 64, "BD": 64, "BK": 16}, {"BP": 16, "BD": 16, "BK": 32}],
     "_join_kernel": [{"BP": 64, "BD": 64}],
     "_scale_kernel": [{"BLOCK": 1024}],
+    "_conv_tile_kernel": [
+        {"BO": 64, "BC": 64, "BT": 32, "SPAN": 128, **PADDED, "order_ptr": None, "grads_ptr": None},
+        {"BO": 1, "BC": 16, "BT": 16, "SPAN": 128, **POINT, "partials_ptr": None, "num_warps": 1},
+    ],
+    "_conv_sum_kernel": [
+        {"BO": 64, "BC": 64, "BT": 32, "SPAN": 128, **PADDED},
+        {"BO": 1, "BC": 16, "BT": 16, "SPAN": 128, **POINT, "num_warps": 1},
+    ],
+    "_conv_squares_kernel": [
+        {"SPAN": 8192, "BR": 1, "BK": 1024},
+        {"SPAN": 8192, "BR": 64, "BK": 16},
+    ],
     "_rows_kernel": [{"BR": 8, "BP": 256, "factors_ptr": None}, {"BR": 8, "BP": 16}],
     "_units_kernel": [{"BR": 64, "BP": 64, "factors_ptr": None}, {"BR": 1, "BP": 16}],
     "_pieces_kernel": [{"BR": 32, "BP": 128, "factors_ptr": None}, {"BR": 1, "BP": 16}],
