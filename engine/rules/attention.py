@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState
-from synthward.engine.provenance import Derived
 from synthward.engine.rules import bare
 from synthward.engine.rules.linear import linear
 
@@ -40,16 +39,8 @@ def _batch_first(state: CaptureState, inputs: Sequence[Tensor], parameter: Tenso
 def _turned(state: CaptureState, x: Tensor, rows: int) -> Tensor:
     """One input as data, the batch's axis first."""
     turn: Callable[[Tensor], Tensor] = (lambda t: t.transpose(0, 1)) if x.dim() == 3 else lambda t: t[None]
-    target = state.target(x)
-    if target is None:
+    if state.target(x) is None:
         return turn(x)
-    if not isinstance(target, Derived) and rows != 1:
-        state.refuse(
-            x,
-            _OPERATION,
-            f"its second axis (length {rows}) lies along the batch's, so that what a unit trains depends on its place "
-            "in the batch; repeat what all rows share with expand",
-        )
     assert state.mode is not None
     with state.mode:
         value = turn(x)

@@ -77,13 +77,20 @@ def _check_place(state: CaptureState, value: Tensor, out: torch.Size, operation:
     if _aligned(value.shape, len(out))[0] == 1:
         return
     target = state.target(value)
-    if not isinstance(target, Derived) or target.transposed is not None:
+    if not isinstance(target, Derived) or target.transposed is not None or _is_slice(target):
         state.refuse(
             value,
             operation,
             f"its first axis (length {value.shape[0]}) lies along the batch's, so that what a unit trains depends "
             "on its place in the batch; put an axis of length 1 in front, or look rows up with nn.Embedding",
         )
+
+
+def _is_slice(target: Derived) -> bool:
+    """Whether it is a part of a parameter, of which each row of the batch would have another row."""
+    graph = target.graph
+    places = {leaf.untyped_storage().data_ptr() for leaf in target.leaves.values()}
+    return graph.untyped_storage().data_ptr() in places and graph.stride(0) != 0
 
 
 def _check_data(state: CaptureState, values: list[Tensor], out: torch.Size, operation: str) -> None:

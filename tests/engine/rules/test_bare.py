@@ -250,6 +250,11 @@ REFUSED = {
         r"'p' in operation 'mul'.*place",
     ),
     "a transposed table": (lambda net, h: h[:, 0] + net.p.t(), {"p": (WIDTH, 4)}, r"'p' in operation 'add'"),
+    "columns of a table": (
+        lambda net, h: h[:, 0] + net.p[:4, :WIDTH],
+        {"p": (6, WIDTH + 1)},
+        r"'p' in operation 'add'.*place in",
+    ),
     "no batch axis in the data": (lambda net, h: h + (h.sum((0, 1)) + net.p), {"p": (1, 1, 1)}, "'p' in"),
     "written": (lambda net, h: h + net.p.add_(h.mean(0)), {"p": TD}, "'p' in .*writes into"),
     "out": (lambda net, h: torch.mul(h, net.p, out=torch.empty(0)), {"p": TD}, "'p' in .*out="),

@@ -264,7 +264,7 @@ REFUSED = {
     ),
     "a query for each place": (
         lambda net, x: call(net, x, query=net.q),
-        "'q' in operation 'multi_head_attention_forward': its second axis .length 4. lies along the batch's",
+        "'q' in operation 'multi_head_attention_forward': its first axis .length 4. lies along the batch's",
     ),
     "a mask for each place": (
         lambda net, x: call(net, x, attn_mask=net.m),
