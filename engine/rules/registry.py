@@ -12,6 +12,7 @@ from synthward.engine.errors import UnsupportedOperationError
 from synthward.engine.rules import (
     attention,
     bare,
+    bilinear,
     conv,
     group_norm,
     layer_norm,
@@ -31,6 +32,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **matmul.HANDLERS,
     **recurrent.HANDLERS,
     **attention.HANDLERS,
+    **bilinear.HANDLERS,
 }
 
 HINTS = {
