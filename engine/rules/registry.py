@@ -14,6 +14,7 @@ from synthward.engine.rules import (
     bare,
     bilinear,
     conv,
+    embedding_bag,
     group_norm,
     layer_norm,
     matmul,
@@ -33,6 +34,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     **recurrent.HANDLERS,
     **attention.HANDLERS,
     **bilinear.HANDLERS,
+    **embedding_bag.HANDLERS,
 }
 
 HINTS = {
