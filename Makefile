@@ -50,6 +50,8 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/python .ci/typecheck
 
 bench: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.kernel_table
+	$(BIN)/python -m benchmarks.model_step
 	$(BIN)/python -m benchmarks.generator_step
 	$(BIN)/python -m benchmarks.diabetes130
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +43,37 @@ def describe() -> dict[str, Any]:
     }
 
 
+def machine_name() -> str:
+    """Processor and cores, fit for a file's name."""
+    info = describe()
+    words = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", " ", str(info["processor"]).lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", words), f"{info['cores']}-cores"])
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write a result beside the command that made it."""
-    RESULTS.mkdir(exist_ok=True)
-    modules = [a for a in sys.argv[1:]]
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    command = f"python -m {spec.name} {' '.join(modules)}".strip() if spec else " ".join(sys.argv)
+    return _write(name, {"command": _command(), "machine": describe(), **result})
+
+
+def write_part(part: str, result: dict[str, Any], machine: dict[str, Any] | None = None) -> Path:
+    """Write one part of this machine's file, with its own command and machine; the other parts stay as they are.
+
+    `machine`: what `describe` gave where it was measured, if that was in another process.
+    """
+    name = machine_name()
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"command": command, "machine": describe(), **result}, indent=1) + "\n")
+    parts = json.loads(file.read_text()) if file.is_file() else {}
+    own = {"command": _command(), "machine": machine or describe(), **result}
+    return _write(name, {**parts, part: own})
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name} {shlex.join(sys.argv[1:])}".strip() if spec else shlex.join(sys.argv)
+
+
+def _write(name: str, content: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
     return file

@@ -1,4 +1,4 @@
-"""Whole steps of five models: plain PyTorch, this engine, Opacus. Writes benchmarks/results/<machine>.json.
+"""Whole steps of five models: plain PyTorch, this engine, Opacus: "steps" in benchmarks/results/<machine>.json.
 
     python -m benchmarks.model_step [--models gan,mlp] [--variants ...] [--seconds 20]
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
-from benchmarks.machine import describe, write_result
+from benchmarks.machine import write_part
 from benchmarks.models import WORKLOADS
 from benchmarks.steps import VARIANTS
 
@@ -100,13 +99,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine_name() -> str:
-    """Processor and cores, fit for a file's name."""
-    info = describe()
-    words = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", " ", str(info["processor"]).lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", words), f"{info['cores']}-cores"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(WORKLOADS))
@@ -121,7 +113,7 @@ def main() -> None:
         results[model] = measure(model, [PLAIN, *variants], arguments.seconds, arguments.rounds)
         print(table({model: results[model]}), flush=True)
     if not arguments.dry:
-        print(write_result(machine_name(), {"steps": results}))
+        print(write_part("steps", {"models": results}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""The measurements run: every benchmark of a kernel once, a step of one model. What they measure is not looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = sorted((ROOT / "benchmarks" / "kernels").glob("test_bench_*.py"))
+
+
+def run(module: str, *options: str) -> list[str]:
+    """Lines of a measurement's output."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def results() -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (ROOT / "benchmarks" / "results").iterdir()}
+
+
+@pytest.fixture
+def machine() -> ModuleType:
+    """benchmarks/machine.py by its place: other packages install something named `benchmarks`."""
+    spec = importlib.util.spec_from_file_location("measured_machine", ROOT / "benchmarks" / "machine.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_kernel_benchmark_runs():
+    before = results()
+    head, *lines = run("kernel_table", "--passes", "1", "--quick", "--dry")
+    columns = head.index("over floor"), head.index("over torch")
+    written = {
+        line.split("(")[0].removeprefix("def test_")
+        for file in SUITES
+        for line in file.read_text().splitlines()
+        if line.startswith("def test_")
+    }
+    assert len(written) > 15 and {line.split()[0] for line in lines} == written
+    for line in lines:
+        over_floor, over_torch = line[columns[0] : columns[1]], line[columns[1] :]
+        assert over_floor.strip() if "bytes/s" in line or "flops/s" in line else not over_floor.strip()
+        # Each executor is compared with torch, and torch with nothing.
+        assert not over_torch.strip() if " torch " in line else float(over_torch) > 0.0
+    assert results() == before
+
+
+def test_a_step_of_a_model_is_measured():
+    before = results()
+    options = ("--models", "gan", "--variants", "synthward", "--rounds", "2", "--seconds", "0", "--dry")
+    _, *lines = run("model_step", *options)
+    assert [line.split()[:2] for line in lines] == [["gan", "plain"], ["gan", "synthward"]]
+    assert all(float(figure) >= 0.0 for line in lines for figure in line.split()[2:])
+    assert results() == before
+
+
+def test_parts_of_a_result_keep_each_other(tmp_path: Path, machine: ModuleType):
+    machine.RESULTS = tmp_path / "results"
+    machine.write_part("kernels", {"rows": [1]}, machine={"torch_threads": 1})
+    machine.write_part("steps", {"models": {"gan": 2}})
+    file = machine.write_part("steps", {"models": {"gan": 3}})
+    content = json.loads(file.read_text())
+    assert file.stem == machine.machine_name() and list(content) == ["kernels", "steps"]
+    assert content["kernels"]["rows"] == [1] and content["kernels"]["machine"] == {"torch_threads": 1}
+    assert content["steps"]["models"] == {"gan": 3}
+    assert content["steps"]["machine"]["versions"]["torch"]
+    assert content["kernels"]["command"] and content["steps"]["command"]
