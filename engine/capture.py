@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
+from synthward.engine.picking import picks_rows
 from synthward.engine.products import Products
 from synthward.engine.provenance import Derived, Provenance, Target, tensors_in
 from synthward.engine.scratch import Workspace
@@ -80,6 +81,11 @@ class CaptureState:
         self.batches: dict[int, Batch] = {}
         # (operation, positions, length of the first axis) of each captured call since the last probe.
         self.calls: list[tuple[str, tuple[int, ...], int]] = []
+        # What else ran in the forward passes since the last probe, as one number.
+        self.trace = 0
+        # Whether rows were picked by what the data say, and whether a captured call came after that: the next batch
+        # may then be arranged in another way.
+        self.has_picked = self.is_arranged = False
         # Uses of each parameter that forward passes without a backward pass so far will give.
         self._expected: dict[int, Counter[int]] = {}
         self.mode: CaptureMode | None = None
@@ -177,9 +183,15 @@ class CaptureState:
         for forward in forwards:
             self._expected.pop(forward, None)
 
+    def forget_calls(self) -> None:
+        """They were probed."""
+        self.calls.clear()
+        self.trace = 0
+        self.has_picked = self.is_arranged = False
+
     def reset(self) -> None:
         """No forward pass is waiting for its backward pass."""
-        self.calls.clear()
+        self.forget_calls()
         self._expected.clear()
 
     def refuse_double(self, operation: str) -> None:
@@ -198,6 +210,7 @@ class CaptureState:
             self.adopt_checkpoint()
             positions = tuple(p for target in targets for p in positions_of(target))
             self.calls.append((operation, positions, leading))
+            self.is_arranged = self.is_arranged or self.has_picked
             self._expected.setdefault(self.forward, Counter()).update(positions)
         return (*targets, leading, self.forward)
 
@@ -311,7 +324,11 @@ class CaptureMode(TorchFunctionMode):
             out = func(*args, **kwargs)
             if is_constant:
                 known.note_constant(func, out)
-            elif state.rows_hint is None:
+                return out
+            state.trace = hash((state.trace, func))
+            if picks_rows(func, args, kwargs, known.is_constant):
+                state.has_picked = True
+            if state.rows_hint is None:
                 state.rows_hint = next(
                     (len(t) for t in tensors if t.dim() and not known.is_constant(t)), None
                 )

@@ -21,8 +21,11 @@ from synthward.engine.rules.uses import DiagonalUse
 
 # A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
 _ATTEMPTS = 8
+# A prime: units are visited in no order that a batch has.
+_STRIDE = 7919
 
-Pattern = tuple[tuple[str, tuple[int, ...], int], ...]
+# Captured calls (operation, positions, rows for each row of the batch), and what else ran.
+Pattern = tuple[tuple[tuple[str, tuple[int, ...], int], ...], int]
 
 
 class IndependenceProbe:
@@ -31,6 +34,7 @@ class IndependenceProbe:
     def __init__(self, state: CaptureState) -> None:
         self._state = state
         self._attempts: dict[Pattern, int] = {}
+        self._passes = 0
 
     def check(self, outputs: Tensor, weights_of: Callable[[int], Tensor], layout: Layout) -> None:
         """Probe if the pattern of calls is new; `weights_of` gives the weights of `outputs` that pick one
@@ -42,9 +46,14 @@ class IndependenceProbe:
         rows = layout.num_rows
         if layout.num_units < 2 or rows == 0:
             return
-        pattern: Pattern = tuple(
-            (op, positions, leading // rows) for op, positions, leading in self._state.calls
-        )
+        calls = tuple((op, positions, leading // rows) for op, positions, leading in self._state.calls)
+        pattern: Pattern = (calls, self._state.trace)
+        self._passes += 1
+        if self._state.is_arranged:
+            # Each batch may be arranged in its own way, so each is looked at, another unit every time.
+            for unit in {0, layout.num_units - 1, self._passes * _STRIDE % layout.num_units}:
+                self._probe(outputs, weights_of(unit), unit, layout)
+            return
         if self._attempts.get(pattern, 0) >= _ATTEMPTS:
             return
         # The first and the last: one of them sees a running sum over the batch, and both a reversed batch.

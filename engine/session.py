@@ -167,7 +167,7 @@ class PrivateSession:
         found = _first_tensor(output)
         if found is not None and found.requires_grad and found.dim() > 0 and len(found) == forward.rows:
             self._probe_rows(found, self.core.state.batches[self.core.state.forward].layout)
-        self.core.state.calls.clear()
+        self.core.state.forget_calls()
 
     def _probe_rows(self, output: Tensor, layout: Layout) -> None:
         def weights(unit: int) -> Tensor:

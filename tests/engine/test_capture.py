@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from synthward.engine.errors import ConfigError, PrivacyError, UnsupportedOperationError
+from synthward.engine.independence import IndependenceProbe
 from tests.engine.nets import Mixed, accumulate, make_trainer, mixed_inputs, oracle, released
 from tests.oracles import flat_parameters
 
@@ -256,3 +257,79 @@ def test_an_error_leaves_nothing_of_the_batch_behind():
 def test_other_dtypes_are_refused_by_name(dtype):
     with pytest.raises(ConfigError, match=r"'weight' is torch\."):
         make_trainer(nn.Linear(3, 2).to(dtype))
+
+
+class Packed(nn.Module):
+    """Sequences of unequal length without their padding, as rows of one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        is_there = x[..., 0] != 0.0
+        rows = torch.arange(len(x)).unsqueeze(1).expand_as(is_there)[is_there]
+        made = torch.tanh(self.layer(x[is_there]))
+        return self.head(torch.zeros(len(x), 3).index_add(0, rows, made))
+
+
+def _packed(*lengths: int) -> torch.Tensor:
+    x = torch.randn(len(lengths), 4, 2, generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate(lengths):
+        x[row, length:] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (2, 1, 3, 2), (3, 2, 1)], ids=str)
+def test_rows_that_the_data_pick_are_looked_at_in_every_batch(lengths):
+    """A batch of equal lengths shows nothing; the next one must be refused, however often the first was fine."""
+    torch.manual_seed(0)
+    net = Packed()
+    trainer = make_trainer(net)
+    for _ in range(12):
+        accumulate(trainer, net, _packed(*[2] * len(lengths)), [1] * len(lengths))
+    with pytest.raises(UnsupportedOperationError, match="units mix"):
+        for _ in range(len(lengths)):
+            accumulate(trainer, net, _packed(*lengths), [1] * len(lengths))
+
+
+def test_other_operations_between_the_same_calls_are_looked_at_anew():
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head, self.turned = nn.Linear(5, 2), nn.Linear(2, 2), False
+
+        def forward(self, x):
+            made = self.layer(x)
+            return self.head(torch.flip(made, [0]) if self.turned else made * 1.0)
+
+    net = Turning()
+    trainer = make_trainer(net)
+    for _ in range(9):
+        accumulate(trainer, net, mixed_inputs(4), [1] * 4)
+    net.turned = True
+    with pytest.raises(UnsupportedOperationError, match="units mix"):
+        accumulate(trainer, net, mixed_inputs(4), [1] * 4)
+
+
+def test_a_choice_by_constants_is_looked_at_once(monkeypatch):
+    """The last time of each row, say: the rows stay where they are."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            last = (x[..., 0] != 0.0).sum(1) - 1
+            return self.layer(x[torch.arange(len(x)), last])
+
+    net = Last()
+    trainer, probed = make_trainer(net), []
+    real = IndependenceProbe._probe
+    monkeypatch.setattr(
+        IndependenceProbe, "_probe", lambda self, *rest: probed.append(1) or real(self, *rest)
+    )
+    for _ in range(3):
+        accumulate(trainer, net, _packed(1, 3, 2), [1] * 3)
+    assert len(probed) == 2
