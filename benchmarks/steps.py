@@ -111,7 +111,10 @@ VARIANTS: dict[str, Callable[[Workload], Step]] = {
     "plain, fused Adam": lambda work: plain_step(work, fused=True),
     "plain, kept memory": kept_memory_step,
     "synthward": private_step,
+    "synthward, library's products": lambda work: private_step(work, perf=PerfSpec(products="library")),
     "synthward per-layer": lambda work: private_step(work, clipping="per-layer"),
+    "synthward, bf16 kept": lambda work: private_step(work, perf=PerfSpec(keep="bf16")),
+    "synthward, recomputed": lambda work: private_step(work, perf=PerfSpec(keep="recompute")),
     "opacus ghost": lambda work: opacus_step(work, "ghost"),
     "opacus hooks": lambda work: opacus_step(work, "hooks"),
 }
