@@ -32,7 +32,8 @@ class _GroupNorm(torch.autograd.Function):
         call: Any,
     ) -> Tensor:
         flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:])).contiguous()
-        out, mean, rstd = torch.native_group_norm(flat, weight, bias, *flat.shape, groups, eps)
+        rows, channels, length = flat.shape
+        out, mean, rstd = torch.native_group_norm(flat, weight, bias, rows, channels, length, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.state, ctx.call = state, call
         return out.view(x.shape)

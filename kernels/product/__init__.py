@@ -40,5 +40,6 @@ def product(
         raise ValueError(f"weight: takes rows of {inner}, x has rows of {x.shape[1]}")
     if bias is not None:
         _check.shape(bias, (outputs,), "bias")
-    chosen = cpp_impl if use_cpp(backend, x, weight, bias) else reference
-    return chosen.product(x, weight, bias, is_transposed=is_transposed)
+    if use_cpp(backend, x, weight, bias):
+        return cpp_impl.product(x, weight, bias, is_transposed=is_transposed)
+    return reference.product(x, weight, bias, is_transposed=is_transposed)
