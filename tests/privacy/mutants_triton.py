@@ -1,0 +1,233 @@
+"""Faults in the Triton kernels: above all in the masks of their last, incomplete blocks."""
+
+from __future__ import annotations
+
+from tests.privacy.mutants import Mutant
+
+TESTS = "tests/kernels/test_triton.py::"
+NOISE = "tests/kernels/test_triton_noise.py::"
+OUTER = "kernels/outer/triton_impl.py"
+DIAGONAL = "kernels/diagonal/triton_impl.py"
+SCATTER = "kernels/scatter/triton_impl.py"
+UPDATE = "kernels/update/triton_impl.py"
+
+GRAM = TESTS + "test_outer_norms[gram-17-31-ragged]"
+TILE = TESTS + "test_outer_norms[tile-17-31-ragged]"
+SINGLE = TESTS + "test_single_rows_give_norms_row_sums_and_squares"
+SUM = TESTS + "test_outer_sum[dtype0-13-17-33]"
+CUT_SUM = TESTS + "test_outer_sum[dtype0-131-150-20]"
+PLANNED = TESTS + "test_the_functions_that_the_engine_plans_with_come_here_too"
+
+TRITON = [
+    Mutant(
+        "rank-1: the last block of columns counts in no norm",
+        OUTER,
+        "tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d), other=0.0).to(tl.float64)",
+        "tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d // BK * BK), other=0.0)"
+        ".to(tl.float64)",
+        (SINGLE,),
+    ),
+    Mutant(
+        "rank-1: the last row has no norm",
+        OUTER,
+        "    inside = n < rows\n",
+        "    inside = n < rows - 1\n",
+        (SINGLE,),
+    ),
+    Mutant(
+        "gram: the last row of a unit counts in no product of two rows",
+        OUTER,
+        "aa = _gram(a_ptr, s, t, s < last, t < last, d, BT, BK)",
+        "aa = _gram(a_ptr, s, t, s < last, t < last - 1, d, BT, BK)",
+        (GRAM,),
+    ),
+    Mutant(
+        "gram: the last columns count in no product",
+        OUTER,
+        "mask=s_inside[:, None] & (col < width)",
+        "mask=s_inside[:, None] & (col < width // 16 * 16)",
+        (GRAM,),
+    ),
+    Mutant(
+        "gram: products of two rows count once",
+        OUTER,
+        "tl.where(later > 0, 2.0 * term,",
+        "tl.where(later > 0, term,",
+        (GRAM,),
+    ),
+    Mutant(
+        "gram: what underflows counts as nothing",
+        OUTER,
+        "_TINY = 2.0**-126",
+        "_TINY = 0.0",
+        (TESTS + "test_norms_do_not_vanish_where_one_side_is_tiny[1e-23-gram_norms]",),
+    ),
+    Mutant(
+        "tile: the last columns count in no norm",
+        OUTER,
+        "mask=(n[:, None] < last) & (j < d), other=0.0)  # [BT, BD]",
+        "mask=(n[:, None] < last) & (j < d - 1), other=0.0)  # [BT, BD]",
+        (TILE,),
+    ),
+    Mutant(
+        "tile: the last row of a unit counts in no norm",
+        OUTER,
+        "mask=(n < last) & (i[:, None] < p), other=0.0",
+        "mask=(n < last - 1) & (i[:, None] < p), other=0.0",
+        (TILE,),
+    ),
+    Mutant(
+        "tile: the last row of a gradient is not kept",
+        OUTER,
+        "tl.store(grads_ptr + place, acc, mask=(i[:, None] < p) & (j < d))",
+        "tl.store(grads_ptr + place, acc, mask=(i[:, None] < p - 1) & (j < d))",
+        (TESTS + "test_gradients_of_units_are_kept_if_asked_for",),
+    ),
+    Mutant(
+        "outer_sum: the last block of rows is not summed",
+        OUTER,
+        "w = tl.load(weights_ptr + n, mask=n < rows, other=0.0)",
+        "w = tl.load(weights_ptr + n, mask=n < rows // BK * BK, other=0.0)",
+        (SUM,),
+    ),
+    Mutant(
+        "outer_sum: the last columns are not summed",
+        OUTER,
+        "mask=live[:, None] & (j < d), other=0.0)  # [BK, BD]",
+        "mask=live[:, None] & (j < d - 1), other=0.0)  # [BK, BD]",
+        (SUM,),
+    ),
+    Mutant(
+        "outer_sum: the last share of a tile is lost",
+        OUTER,
+        "for program in range(first, last + 1):",
+        "for program in range(first, last):",
+        (CUT_SUM,),
+    ),
+    Mutant(
+        "outer_sum: the bias is not summed",
+        OUTER,
+        "        diagonal_weighted_sum(g, row_weights, None, bias)\n",
+        "        pass\n",
+        (PLANNED,),
+    ),
+    Mutant(
+        "outer_sum: rows are not weighted",
+        OUTER,
+        "scaled = g.to(tl.float32) * w\n",
+        "scaled = g.to(tl.float32)\n",
+        (SUM,),
+    ),
+    Mutant(
+        "scaled rows: the last elements are not written",
+        OUTER,
+        "    inside = place < total\n",
+        "    inside = place < total // 16 * 16\n",
+        (TESTS + "test_scaled_rows[dtype0]",),
+    ),
+    Mutant(
+        "unit of each slot: the last slot has none",
+        "kernels/_triton.py",
+        "tl.store(slots_ptr + slot, unit.to(tl.int32), mask=slot < end)",
+        "tl.store(slots_ptr + slot, unit.to(tl.int32), mask=slot < end - 1)",
+        (GRAM,),
+    ),
+    Mutant(
+        "totals: the last partial result counts for nothing",
+        "kernels/_triton.py",
+        "tl.load(partials_ptr + place, mask=place < end, other=0.0)",
+        "tl.load(partials_ptr + place, mask=place < end - 1, other=0.0)",
+        (TILE, TESTS + "test_scatter_norms[4-ragged]"),
+    ),
+    Mutant(
+        "diagonal: the last columns of single rows count in no norm",
+        DIAGONAL,
+        "(n[:, None] < rows) & (col < p))  # [BR, BP]",
+        "(n[:, None] < rows) & (col < p // 16 * 16))  # [BR, BP]",
+        (TESTS + "test_diagonal_norms[dtype0-31-rows]",),
+    ),
+    Mutant(
+        "diagonal: the last row of a unit counts in no norm",
+        DIAGONAL,
+        "(n[:, None] < last) & (col < p))  # [BR, BP]",
+        "(n[:, None] < last - 1) & (col < p))  # [BR, BP]",
+        (TESTS + "test_diagonal_norms[dtype0-31-ragged]",),
+    ),
+    Mutant(
+        "diagonal sum: the last row of a piece is not summed",
+        DIAGONAL,
+        "w = tl.load(weights_ptr + n, mask=n < last, other=0.0)",
+        "w = tl.load(weights_ptr + n, mask=n < last - 1, other=0.0)",
+        (TESTS + "test_diagonal_sum[False-13-131]",),
+    ),
+    Mutant(
+        "diagonal sum: the last column is not written",
+        DIAGONAL,
+        "tl.store(out_ptr + col, total.to(tl.float32), mask=col < p)",
+        "tl.store(out_ptr + col, total.to(tl.float32), mask=col < p - 1)",
+        (TESTS + "test_diagonal_sum[True-13-131]",),
+    ),
+    Mutant(
+        "scatter: the last row of the last span is not added",
+        SCATTER,
+        "end = tl.minimum(top + SPAN, rows)",
+        "end = tl.minimum(top + SPAN, rows - 1)",
+        (TESTS + "test_scatter_norms[32-rows]", TESTS + "test_scatter_sum[32-75-4-33]"),
+    ),
+    Mutant(
+        "scatter: the last column of a sum is not written",
+        SCATTER,
+        "inside = col < tl.where(taken, p, 0)",
+        "inside = col < tl.where(taken, p - 1, 0)",
+        (TESTS + "test_scatter_sum[4-75-4-33]",),
+    ),
+    Mutant(
+        "scatter: a run over several spans ends with its second",
+        SCATTER,
+        "more = (top < rows) & (tl.load(keys_ptr + tl.minimum(top, rows - 1)) == key)",
+        "more = top < 0",
+        (TESTS + "test_scatter_norms[4-long]", TESTS + "test_scatter_sum[4-75-4-33]"),
+    ),
+    Mutant(
+        "noise: the last element gets none",
+        "kernels/noise/triton_impl.py",
+        "inside = (i >= 0) & (i < count)",
+        "inside = (i >= 0) & (i < count - 1)",
+        (NOISE + "test_normals_are_those_of_the_cpu_bit_for_bit[100-1500]",),
+    ),
+    Mutant(
+        "noise: the first element gets none",
+        "kernels/noise/triton_impl.py",
+        "inside = (i >= 0) & (i < count)",
+        "inside = (i > 0) & (i < count)",
+        (NOISE + "test_normals_are_those_of_the_cpu_bit_for_bit[100-1500]",),
+    ),
+    Mutant(
+        "Adam: the last element is not updated",
+        UPDATE,
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, (i >= 0) & (i < count), noise_std * z[lane], keep,",
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, (i >= 0) & (i < count - 1), noise_std * z[lane], keep,",
+        (NOISE + "test_adam_is_that_of_the_cpu_bit_for_bit[False-1.3-700]",),
+    ),
+    Mutant(
+        "Adam without noise: the last element is not updated",
+        UPDATE,
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, i < count, 0.0, keep,",
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, i < count - 1, 0.0, keep,",
+        (NOISE + "test_adam_is_that_of_the_cpu_bit_for_bit[False-0.0-700]",),
+    ),
+    Mutant(
+        "SGD: the last element is not updated",
+        UPDATE,
+        "param_ptr, grad_ptr, buffer_ptr, i, (i >= 0) & (i < count), noise_std * z[lane],",
+        "param_ptr, grad_ptr, buffer_ptr, i, (i >= 0) & (i < count - 1), noise_std * z[lane],",
+        (NOISE + "test_sgd_is_that_of_the_cpu_bit_for_bit[0.9-0.5-False-1.3-700]",),
+    ),
+    Mutant(
+        "SGD without noise: the last element is not updated",
+        UPDATE,
+        "param_ptr, grad_ptr, buffer_ptr, i, i < count, 0.0,",
+        "param_ptr, grad_ptr, buffer_ptr, i, i < count - 1, 0.0,",
+        (NOISE + "test_sgd_is_that_of_the_cpu_bit_for_bit[0.9-0.5-False-0.0-700]",),
+    ),
+]
