@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import WORKLOADS, Workload
+from synthward import PrivacyEngine
 from synthward.engine import ClipSpec, KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
 from synthward.engine.memory import keep_freed_memory
 
@@ -57,6 +58,28 @@ def private_step(
             losses = work.row_losses(network(x), y)
         trainer.backward(losses, rows_per_unit=1)
         trainer.apply()
+
+    return step
+
+
+def loop_step(work: Workload, seed: int = 0) -> Step:
+    """The same by `PrivacyEngine`, in the loop that Opacus' users know."""
+    network, x, y = _setup(work, seed)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=len(y))
+    module, optimizer, _ = PrivacyEngine().make_private(
+        module=network,
+        optimizer=torch.optim.Adam(network.parameters(), lr=LEARNING_RATE),
+        data_loader=loader,
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+        poisson_sampling=False,
+    )
+    criterion = _Mean(work)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(module(x), y).backward()
+        optimizer.step()
 
     return step
 
@@ -111,6 +134,7 @@ VARIANTS: dict[str, Callable[[Workload], Step]] = {
     "plain, fused Adam": lambda work: plain_step(work, fused=True),
     "plain, kept memory": kept_memory_step,
     "synthward": private_step,
+    "synthward, make_private": loop_step,
     "synthward, library's products": lambda work: private_step(work, perf=PerfSpec(products="library")),
     "synthward per-layer": lambda work: private_step(work, clipping="per-layer"),
     "synthward, bf16 kept": lambda work: private_step(work, perf=PerfSpec(keep="bf16")),
