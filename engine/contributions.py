@@ -20,6 +20,7 @@ from synthward.engine.clipping import clip_factors, formed_error, product_error
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
 from synthward.engine.layout import Layout
 from synthward.engine.planner import Planner
+from synthward.engine.precision import exact_products
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.mixed import add_derived_sum, add_mixed_norms
 from synthward.engine.rules.uses import (
@@ -35,6 +36,9 @@ from synthward.engine.rules.uses import (
     merge_uses,
 )
 from synthward.engine.spec import ClipSpec
+
+# What a gradient that is computed again may differ by, relative to its norm (sums by atomics on a device).
+_REPEATED = 2.0**-16
 
 # A use, whose parameter it is of, and which rows are whose.
 Item = tuple[Target, Use, Layout]
@@ -73,8 +77,8 @@ class Contributions:
         planner: chooses the method of each norm.
         observe: called with each group's index and the upper bounds of its units' norms [U], and the mask of
             units that count.
-        factors: of an earlier pass over the same batch (one tensor [U] per group): nothing is measured, and each
-            use is summed at once.
+        factors: of an earlier pass over the same batch (one tensor [U] per group): each use is summed at once, and
+            `finish` makes sure that its norms are those of the earlier pass.
         measure_only: nothing is kept for a sum; `factors()` gives what the sums need.
     """
 
@@ -93,7 +97,8 @@ class Contributions:
     ) -> None:
         self._state, self._batch, self._layout = state, batch, batch.layout
         self._clip, self._groups, self._sums, self._planner = clip, groups, sums, planner
-        self._observe, self._given, self._measure_only = observe, factors, measure_only
+        self._observe, self._given = observe, factors
+        self._measure_only = measure_only or factors is not None
         self._norms = Norms()
         self._waiting: dict[int, list[Item]] = defaultdict(list)
         device = sums[0].device
@@ -108,10 +113,14 @@ class Contributions:
         self.has_summed = False
         self._biases: set[int] = set()
         self._took_bias = False
+        # What was measured is what is summed: versions of the kept tensors, by use, and names for the message.
+        self._versions: dict[int, list[int]] = {}
+        self._measured_names: dict[int, str] = {}
         planner.begin(state.forward_bytes)
 
     # While the backward pass runs
 
+    @exact_products()
     def receive(self, kept: Kept, batch: Batch) -> None:
         """Called in the backward of each captured call."""
         rows = self._layout.num_rows
@@ -150,7 +159,7 @@ class Contributions:
 
     def _takes_bias(self, kept: Kept, outer: OuterUse) -> bool:
         """Whether the norm of a product's weight is to be taken with that of its bias: both are used this once."""
-        if self._given is not None or self._planner.perf.keep == "bf16" or len(kept.uses) != 2:
+        if self._measure_only or self._planner.perf.keep == "bf16" or len(kept.uses) != 2:
             return False
         (weight, _), (bias, rows) = kept.uses
         if not (isinstance(rows, DiagonalRows) and rows.is_bias_of_outer):
@@ -171,7 +180,7 @@ class Contributions:
         self._planner.note_with_weight(target)
         if not self._measure_only:
             layout = self._layout.expand(outer.rows // self._layout.num_rows)
-            group.items.append((target, BiasOfOuter(outer.output_grads), layout))
+            self._hold(group, [(target, BiasOfOuter(outer.output_grads), layout)])
         self._finish_if_complete(index)
 
     def _simplify(self, target: Target, use: Use, layout: Layout) -> Item:
@@ -192,8 +201,8 @@ class Contributions:
     def _add(self, item: Item) -> None:
         target = item[0]
         if self._given is not None:
-            self._sum(item, *self._given[self._group_of(target)], self._group_of(target))
-            return
+            factors, is_bad = self._given[self._group_of(target)]
+            self._sum(item, factors, is_bad, self._group_of(target))
         item = (target, self._planner.keep(item[1]), item[2])
         for position in positions_of(target):
             if position in self._states[self._groups.of_position[position]].done:
@@ -211,7 +220,7 @@ class Contributions:
 
     def _measure(self, position: int) -> None:
         """Take the norm of a parameter all of whose uses are there."""
-        items = self._waiting.pop(position)
+        items = _added_up(self._waiting.pop(position))
         group = self._states[self._groups.of_position[position]]
         group.done.add(position)
         if len(items) == 1:
@@ -220,8 +229,16 @@ class Contributions:
             items = [(target, use, layout)]
             self._took_bias = isinstance(use, OuterUse) and use.with_bias
         self._add_norms(group, items)
-        if not self._measure_only:
-            group.items += items
+        self._hold(group, items)
+
+    def _hold(self, group: _Group, items: list[Item]) -> None:
+        """They were measured and wait for their sum."""
+        if self._measure_only:
+            return
+        group.items += items
+        for target, use, _ in items:
+            self._versions[id(use)] = versions_of(use)
+            self._measured_names[id(use)] = self._state.name(target)
 
     def _finish_if_complete(self, index: int) -> None:
         """A group of a rule that takes groups one by one is summed as soon as its parameters are all there."""
@@ -234,22 +251,34 @@ class Contributions:
 
     # At its end
 
+    @exact_products()
     def finish(self) -> None:
-        """Take the norms that waited, then clip and sum what was not summed yet."""
-        if self._given is not None:
-            return
+        """Take the norms that waited, then clip and sum what was not summed yet.
+
+        Raises:
+            PrivacyError: the factors were those of an earlier pass, and this one has other gradients.
+        """
         self._measure_rest()
         for index, group in enumerate(self._states):
             if not group.is_summed:
                 self._finish_group(index)
+        for index, (factors, _) in enumerate(self._given or ()):
+            if bool((factors > self._found[index][0]).any()):
+                raise PrivacyError(
+                    "keep='recompute': the second backward pass gave other gradients than the one that was measured "
+                    "(something random in it: dropout under a checkpoint that does not keep its random state, a "
+                    "custom backward). Make it repeatable, or use keep='full'"
+                )
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """For each group the factors [U] and which units are not finite [U]."""
-        return [self._found[index] for index in range(len(self._states))]
+        """For each group the factors [U] and which units are not finite [U], for a second pass."""
+        found = (self._found[index] for index in range(len(self._states)))
+        # A little less than this pass allows, which covers what may differ in a repetition on a device.
+        return [(factors * (1.0 - _REPEATED), is_bad) for factors, is_bad in found]
 
     def _measure_rest(self) -> None:
         while self._waiting:
-            items = self._connected(next(iter(self._waiting)))
+            items = _added_up(self._connected(next(iter(self._waiting))))
             groups = {self._groups.of_position[p] for target, _, _ in items for p in positions_of(target)}
             if len(groups) > 1:
                 names = self._state.name(items[0][0])
@@ -260,8 +289,7 @@ class Contributions:
             group = self._states[groups.pop()]
             group.done.update(p for target, _, _ in items for p in positions_of(target))
             self._add_norms(group, items)
-            if not self._measure_only:
-                group.items += items
+            self._hold(group, items)
 
     def _connected(self, first: int) -> list[Item]:
         """The waiting items that share a parameter with those of `first`, directly or by way of others."""
@@ -293,13 +321,20 @@ class Contributions:
                 self._norms,
                 self._planner.chunk_bytes,
             )
-            error = product_error(chain, row_sums)
+            error = product_error(chain, row_sums) + formed_error(
+                max(use.released_chain(layout) for _, use, layout in items), sq_norms, row_sums
+            )
         elif len(merged) == 1:
             use, layout = merged[0]
             use.add_norms(sq_norms, row_sums, layout, self._norms)
             chain = use.chain(layout)
             is_formed = getattr(use, "is_formed", False)
-            error = formed_error(chain, sq_norms, row_sums) if is_formed else product_error(chain, row_sums)
+            released = use.released_chain(layout)
+            if is_formed:
+                # Formed twice: for the norm, and in the sum.
+                error = formed_error(chain + released + 2, sq_norms, row_sums)
+            else:
+                error = product_error(chain, row_sums) + formed_error(released, sq_norms, row_sums)
         else:
             error = self._add_several(merged, items, sq_norms, row_sums)
         group.sq_norms += sq_norms
@@ -318,7 +353,8 @@ class Contributions:
             add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
             width = outer.activations.shape[1]
             chain = max(chain, width) + outer_layout.num_rows // max(outer_layout.num_units, 1)
-        return product_error(chain, row_sums)
+        released = max(use.released_chain(layout) for use, layout in merged)
+        return product_error(chain, row_sums) + formed_error(released, sq_norms, row_sums)
 
     def _merge(self, items: list[Item]) -> list[tuple[Use, Layout]] | None:
         """One use per family (the outer family first) whose norms add up, or None where only the gradients
@@ -381,6 +417,12 @@ class Contributions:
         """Add the weighted sum of one use to its parameter's."""
         self.has_summed = True
         target, use, layout = item
+        if self._versions.pop(id(use), None) not in (None, versions_of(use)):
+            raise PrivacyError(
+                f"parameter {self._measured_names[id(use)]!r}: a gradient or an activation was written to after the "
+                "norm was taken of it (a hook, or a custom backward, that changes its gradient in place); return a "
+                "new tensor there"
+            )
         key = (index, id(layout))
         if key not in self._weights:
             weights = Weights(layout.to_rows(factors))
@@ -403,3 +445,19 @@ class Contributions:
         """`PrivacyError` if something measured was not summed; a guard on this class itself."""
         if self._waiting or any(group.items for group in self._states):
             raise PrivacyError("a captured use was neither summed nor refused; nothing is released")
+
+
+def versions_of(use: Use) -> list[int]:
+    """How often each tensor of a use was written to."""
+    return [v._version for v in vars(use).values() if isinstance(v, Tensor) and not v.is_inference()]
+
+
+def _added_up(items: list[Item]) -> list[Item]:
+    """Uses of one parameter whose unit's rows lie in it entry by entry, as one: its norm and its sum are then of the
+    same tensor, whatever cancels between them."""
+    target, _, layout = items[0]
+    rows = [use for _, use, _ in items if type(use) is DiagonalUse]
+    is_one = all(isinstance(t, int) and t == target for t, _, _ in items)
+    if len(items) == 1 or len(rows) < len(items) or not is_one:
+        return items
+    return [(target, DiagonalUse.add(rows), layout)]

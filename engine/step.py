@@ -105,7 +105,7 @@ class DPStep:
             groups=self.groups,
             sums=self.flat.sums,
             planner=self.planner,
-            observe=None if self.quantile is None else self.quantile.observe,
+            observe=None if self.quantile is None or factors is not None else self.quantile.observe,
             factors=factors,
             measure_only=measure_only,
         )

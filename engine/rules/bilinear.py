@@ -53,6 +53,9 @@ class BilinearUse:
         # Sums are in double precision; the products of three factors that are released are rounded twice.
         return 2
 
+    def released_chain(self, layout: Layout) -> int:
+        return layout.longest + 2
+
     @property
     def evidence(self) -> Tensor:
         return self.output_grads

@@ -66,14 +66,17 @@ class ConvUse:
         return self.images if self.is_transposed else self.output_grads
 
     def chain(self, layout: Layout) -> int:
+        if self.is_formed:
+            return self.released_chain(layout)
+        widest = sum_chain(max(self.shape.channels, self.shape.outputs), compiled=True)
+        return widest + self.shape.taps + self.shape.out[2]
+
+    def released_chain(self, layout: Layout) -> int:
         if not is_compiled(self.images, self.output_grads):
             # Triton's: one sum over all places of the unit's images. The reference, in double, is well within it.
             return sum_chain(self.shape.places * layout.longest, compiled=True)
-        if self.is_formed:
-            within = min(self.shape.places, SUM_BLOCK)
-            return within + -(-self.shape.places // SUM_BLOCK) * layout.longest
-        widest = sum_chain(max(self.shape.channels, self.shape.outputs), compiled=True)
-        return widest + self.shape.taps + self.shape.out[2]
+        within = min(self.shape.places, SUM_BLOCK)
+        return within + -(-self.shape.places // SUM_BLOCK) * layout.longest
 
     def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
         conv_norms(

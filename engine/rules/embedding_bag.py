@@ -45,6 +45,11 @@ class BagUse:
     def chain(self, layout: Layout) -> int:
         return 1
 
+    def released_chain(self, layout: Layout) -> int:
+        if self.bags.device.type != "cpu" or len(self.bags) == 0:
+            return len(self.bags)
+        return int(torch.bincount(layout.row_units.index_select(0, self.bags)).max())
+
     @property
     def evidence(self) -> Tensor:
         return self.output_grads
@@ -98,6 +103,9 @@ class MaxBagUse:
 
     def chain(self, layout: Layout) -> int:
         return 1
+
+    def released_chain(self, layout: Layout) -> int:
+        return layout.longest
 
     @property
     def evidence(self) -> Tensor:

@@ -26,7 +26,6 @@ from synthward.kernels import (
     outer_sum,
     outer_unit_grads,
     rank1_norms,
-    scale_rows,
     scatter_sq_norms,
     scatter_weighted_sum,
     sum_chain,
@@ -77,10 +76,6 @@ class Weights:
         # Sums of rows that a product gives on its way, by the rows' tensor: wanted (None), then found.
         self.row_totals: dict[int, Tensor | None] = {}
 
-    def scale(self, kept: Tensor) -> Tensor:
-        """``w_n * kept_n`` [N, ...]; zero where the weight is."""
-        return scale_rows(kept.reshape(len(kept), -1), self.rows).view(kept.shape)
-
 
 @dataclass(frozen=True)
 class Way:
@@ -103,6 +98,9 @@ class Use(Protocol):
     def chain(self, layout: Layout) -> int:
         """Additions in a row that a term of a norm's inner products, or of a formed gradient's sums, goes
         through at most: for the bound on its rounding."""
+
+    def released_chain(self, layout: Layout) -> int:
+        """Additions in a row that a term of a unit's released sum goes through at most."""
 
     @property
     def evidence(self) -> Tensor:
@@ -146,9 +144,13 @@ class OuterUse:
         a, g = self.activations, self.output_grads
         if layout.is_single or _is_small(layout):
             return 1
+        if self.is_formed:
+            return self.released_chain(layout)
         width = a.shape[1] + int(self.with_bias)
-        length = layout.longest if self.is_formed else max(width, g.shape[1])
-        return sum_chain(length, compiled=is_compiled(a, g))
+        return sum_chain(max(width, g.shape[1]), compiled=is_compiled(a, g))
+
+    def released_chain(self, layout: Layout) -> int:
+        return sum_chain(layout.longest, compiled=is_compiled(self.activations, self.output_grads))
 
     @property
     def evidence(self) -> Tensor:
@@ -178,8 +180,8 @@ class OuterUse:
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
         a, g = (
-            layout.unit_rows(self.activations, first, last),
-            layout.unit_rows(self.output_grads, first, last),
+            layout.unit_rows(self.activations, first, last).float(),
+            layout.unit_rows(self.output_grads, first, last).float(),
         )
         return torch.bmm(g.mT, a).flatten(1)
 
@@ -239,6 +241,9 @@ class BlockOuterUse:
     def chain(self, layout: Layout) -> int:
         return max(block.chain(layout) for block in self._blocks()) + len(self.activations)
 
+    def released_chain(self, layout: Layout) -> int:
+        return max(block.released_chain(layout) for block in self._blocks())
+
     @property
     def evidence(self) -> Tensor:
         return self.output_grads.transpose(0, 1)
@@ -277,6 +282,9 @@ class DiagonalUse:
     def chain(self, layout: Layout) -> int:
         return 1
 
+    def released_chain(self, layout: Layout) -> int:
+        return 1
+
     @property
     def evidence(self) -> Tensor:
         return self.unit_rows
@@ -294,14 +302,14 @@ class DiagonalUse:
             out.view(-1).add_(total)
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
-        return self.unit_rows[first:last]
+        return self.unit_rows[first:last].float()
 
     @staticmethod
     def add(uses: Sequence[DiagonalUse]) -> DiagonalUse:
         """Several uses of one parameter as one."""
-        total = uses[0].unit_rows
+        total = uses[0].unit_rows.float()
         for use in uses[1:]:
-            total = total + use.unit_rows
+            total = total + use.unit_rows.float()
         return DiagonalUse(total)
 
 
@@ -318,6 +326,9 @@ class BiasOfOuter:
     def chain(self, layout: Layout) -> int:
         return 1
 
+    def released_chain(self, layout: Layout) -> int:
+        return layout.longest
+
     @property
     def evidence(self) -> Tensor:
         return self.output_grads
@@ -333,7 +344,7 @@ class BiasOfOuter:
             out.view(-1).add_(total)
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
-        return layout.unit_rows(self.output_grads, first, last).sum(1)
+        return layout.unit_rows(self.output_grads, first, last).float().sum(1)
 
 
 @dataclass(frozen=True)
@@ -373,6 +384,9 @@ class ScatterUse:
     def chain(self, layout: Layout) -> int:
         return 1
 
+    def released_chain(self, layout: Layout) -> int:
+        return layout.longest
+
     @property
     def evidence(self) -> Tensor:
         return self.output_grads
@@ -388,7 +402,7 @@ class ScatterUse:
         )
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
-        grads = layout.unit_rows(self.output_grads, first, last)
+        grads = layout.unit_rows(self.output_grads, first, last).float()
         # Padding goes to an extra row of the table that is cut off.
         ids = layout.unit_rows(self.ids, first, last, fill=-1)
         ids = torch.where(ids < 0, self.num_rows, ids)
@@ -447,10 +461,10 @@ def add_cross_term(
     """
     units = outer_layout.num_units
     g, a = (
-        outer_layout.unit_rows(outer.output_grads, 0, units),
-        outer_layout.unit_rows(outer.activations, 0, units),
+        outer_layout.unit_rows(outer.output_grads, 0, units).float(),
+        outer_layout.unit_rows(outer.activations, 0, units).float(),
     )
-    e = scatter_layout.unit_rows(scatter.output_grads, 0, units)
+    e = scatter_layout.unit_rows(scatter.output_grads, 0, units).float()
     ids = scatter_layout.unit_rows(scatter.ids, 0, units, fill=-1)
     picked = torch.gather(g, 2, ids.clamp_min(0).unsqueeze(1).expand(-1, g.shape[1], -1))
     picked = torch.where((ids >= 0).unsqueeze(1), picked, torch.zeros_like(picked))

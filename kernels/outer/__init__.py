@@ -75,7 +75,10 @@ def outer_weighted_sum(
 
 
 def scale_rows(rows: Tensor, row_weights: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """``w_n * rows_n`` as a new tensor [N, p]; weight zero gives zeros even where the row is not finite."""
+    """``w_n * rows_n`` as a new tensor [N, p]; weight zero gives zeros even where the row is not finite.
+
+    float32 where the rows are of half precision: rounded products could be longer than the weights allow.
+    """
     _check.matrix(rows, "rows")
     _check.flat_float(row_weights, "row_weights", len(rows))
     chosen = choose(backend, rows, row_weights)

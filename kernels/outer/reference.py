@@ -32,5 +32,7 @@ def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | 
 
 
 def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:
-    scaled = rows * row_weights.to(rows.dtype).unsqueeze(1)
+    # A factor that is rounded to half precision may be larger than it was.
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    scaled = wide * row_weights.to(wide.dtype).unsqueeze(1)
     return torch.where((row_weights == 0).unsqueeze(1), torch.zeros_like(scaled), scaled)

@@ -243,7 +243,7 @@ def _scale_kernel(x_ptr, weights_ptr, out_ptr, total, width, BLOCK: tl.constexpr
     inside = place < total
     w = tl.load(weights_ptr + place // width, mask=inside, other=0.0)
     x = tl.load(x_ptr + place, mask=inside & (w != 0.0), other=0.0)
-    scaled = (x.to(tl.float32) * w).to(x.dtype)
+    scaled = x.to(tl.float32) * w
     tl.store(out_ptr + place, tl.where(w != 0.0, scaled, tl.zeros_like(scaled)), mask=inside)
 
 
@@ -381,7 +381,7 @@ def outer_sum(
 def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:
     """As `synthward.kernels.scale_rows`."""
     x = rows.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.float32)
     if out.numel():
         with on(x):
             _scale_kernel[(ceil_div(x.numel(), 1024),)](
