@@ -1,13 +1,14 @@
 """A probe that units do not mix: the gradient of one unit's loss must vanish in the rows of all others.
 
 Shapes alone can not tell a batch axis from a time axis of the same length, nor a mean over the batch from
-one over features. So the first backward passes of each pattern of calls are preceded by one of a single
-unit's loss; it inspects which entries are exactly zero, and nothing else.
+one over features. So backward passes of each pattern of calls are preceded by one of a single unit's loss: the
+first, and ever more rarely later ones. It inspects which entries are exactly zero, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from synthward.engine.layout import Layout
 from synthward.engine.provenance import Target
 from synthward.engine.rules.uses import DiagonalUse
 
-# A network whose gradient is zero at first (a head of zeros) shows nothing; the probe tries again this often.
+# A network whose gradient is zero at first (a head of zeros) shows nothing; each of so many passes is looked at.
 _ATTEMPTS = 8
 # A prime: units are visited in no order that a batch has.
 _STRIDE = 7919
@@ -33,15 +34,23 @@ class IndependenceProbe:
 
     def __init__(self, state: CaptureState) -> None:
         self._state = state
-        self._attempts: dict[Pattern, int] = {}
+        self._passes_of: dict[Pattern, int] = {}
+        self._shown: set[Pattern] = set()
         self._passes = 0
 
-    def check(self, outputs: Tensor, weights_of: Callable[[int], Tensor], layout: Layout) -> None:
-        """Probe if the pattern of calls is new; `weights_of` gives the weights of `outputs` that pick one
-        unit's.
+    def check(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        weights_of: Callable[[int], Tensor | Sequence[Tensor]],
+        layout: Layout,
+        others: Sequence[Tensor] = (),
+    ) -> None:
+        """Probe if the pattern of calls is due; `weights_of` gives the weights of `outputs` that pick one
+        unit's. `others` are outputs that have no rows of units, such as a mean loss beside the logits.
 
         Raises:
-            UnsupportedOperationError: another unit's rows took part in a unit's loss.
+            UnsupportedOperationError: another unit's rows took part in a unit's loss, or a captured call takes part
+                in `others` alone, where nothing shows whose rows are whose.
         """
         rows = layout.num_rows
         if layout.num_units < 2 or rows == 0:
@@ -49,20 +58,48 @@ class IndependenceProbe:
         calls = tuple((op, positions, leading // rows) for op, positions, leading in self._state.calls)
         pattern: Pattern = (calls, self._state.trace)
         self._passes += 1
-        if self._state.is_arranged:
-            # Each batch may be arranged in its own way, so each is looked at, another unit every time.
-            for unit in {0, layout.num_units - 1, self._passes * _STRIDE % layout.num_units}:
-                self._probe(outputs, weights_of(unit), unit, layout)
-            return
-        if self._attempts.get(pattern, 0) >= _ATTEMPTS:
+        count = self._passes_of[pattern] = self._passes_of.get(pattern, 0) + 1
+        # Powers of two: a path that a gate of zeros (or a rate of zero) closes at first may open at any time.
+        is_due = count & (count - 1) == 0 or (count <= _ATTEMPTS and pattern not in self._shown)
+        if not is_due and not self._state.is_arranged:
             return
         # The first and the last: one of them sees a running sum over the batch, and both a reversed batch.
-        has_power = [
-            self._probe(outputs, weights_of(unit), unit, layout) for unit in (0, layout.num_units - 1)
-        ]
-        self._attempts[pattern] = _ATTEMPTS if all(has_power) else self._attempts.get(pattern, 0) + 1
+        units = [0, layout.num_units - 1]
+        # Each batch may be arranged in its own way, so each is looked at, another unit every time.
+        if self._state.is_arranged or count > 1:
+            units = sorted({*units, self._passes * _STRIDE % layout.num_units})
+        has_power = [self._probe(outputs, weights_of(unit), unit, layout) for unit in units]
+        if all(has_power):
+            self._shown.add(pattern)
+        if is_due and others:
+            self._check_others([outputs] if isinstance(outputs, Tensor) else outputs, others)
 
-    def _probe(self, outputs: Tensor, weights: Tensor, unit: int, layout: Layout) -> bool:
+    def _check_others(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        unseen = self._reached([*outputs, *others]) - self._reached(outputs)
+        for operation, name in unseen:
+            raise UnsupportedOperationError(
+                f"parameter {name!r} in operation {operation!r}: of the module's outputs only one without a row "
+                "per record (a loss, say) depends on it, so nothing shows that units do not mix there. "
+                "Return a row per record of it, or use PrivateTrainer with a loss per unit"
+            )
+
+    def _reached(self, outputs: Sequence[Tensor]) -> Counter[tuple[str, str]]:
+        """The captured calls (operation and a parameter's name) that outputs depend on."""
+        found: Counter[tuple[str, str]] = Counter()
+        ones = [torch.ones_like(output) for output in outputs]
+        with self._state.probe(
+            lambda kept: found.update([(kept.operation, self._state.name(kept.uses[0][0]))])
+        ):
+            torch.autograd.grad(outputs, [self._state.anchor], ones, retain_graph=True, allow_unused=True)
+        return found
+
+    def _probe(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor],
+        unit: int,
+        layout: Layout,
+    ) -> bool:
         """Whether the unit's own rows show a gradient in every call; raises if another unit's do."""
         verdicts: list[_Verdict] = []
         # Looked at one by one: kept to the end, they would take as much memory as the whole backward pass.

@@ -6,36 +6,46 @@ pass is one physical batch, `step` ends the logical one.
 
 from __future__ import annotations
 
+import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from synthward.engine.capture import Batch, current_task
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.independence import IndependenceProbe
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
+from synthward.engine.rows import OutputReader, count_rows, no_rows, row_weights
 from synthward.engine.spec import REDUCTIONS
 from synthward.engine.step import DPStep
 
+logger = logging.getLogger("synthward")
 # Steps after which a loss scale would grow.
 _NEVER = 2**31 - 1
 
+# What each call of a module runs.
+_CALL = nn.Module._call_impl.__code__
 _sessions: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Forward:
-    """What a forward pass was: rows of its batch, and the ids of their units if given."""
+    """What a forward pass was: rows of its batch, the ids of their units if given, and whether its outputs were
+    looked at and show them."""
 
     rows: int
     unit_ids: Tensor | None
+    is_shown: bool = False
 
 
 class PrivateSession:
@@ -77,9 +87,12 @@ class PrivateSession:
         self._charge, self.grad_scaler = charge, grad_scaler
         if grad_scaler is not None:
             grad_scaler.set_growth_interval(_NEVER)
-        self._probe = IndependenceProbe(step.state)
+        self._probe, self._outputs = IndependenceProbe(step.state), OutputReader()
         self._unit_ids: Tensor | None = None
         self._open: AbstractContextManager[None] | None = None
+        # Calls of the module inside its own forward pass.
+        self._depth = 0
+        self._has_warned = False
         self._forwards: dict[int, _Forward] = {}
         self._last_draw = -1
         self._reset_step()
@@ -136,22 +149,21 @@ class PrivateSession:
             self._unit_ids = before
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._open is not None or not torch.is_grad_enabled():
+        self._close_interrupted(calls=2)
+        if self._open is not None:
+            self._depth += 1
             return
-        if not any(span.parameter.requires_grad for span in self.core.flat):
+        if not torch.is_grad_enabled() or not any(span.parameter.requires_grad for span in self.core.flat):
             return
-        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
-        if first is None:
-            raise ConfigError(
-                "the module's forward takes no tensor with a batch axis; the engine can not count its rows"
-            )
-        rows = first.shape[0]
-        if self._unit_ids is not None and len(self._unit_ids) != rows:
-            raise ConfigError(f"units: {len(self._unit_ids)} ids for a batch of {rows} rows")
+        draw = self._loader.draw if self._loader is not None else None
+        ids = self._unit_ids
+        rows = count_rows(
+            args, kwargs, None if ids is None else len(ids), None if draw is None else draw.rows
+        )
         context = self.core.capture()
         context.__enter__()
         self._open = context
-        forward = _Forward(rows, self._unit_ids)
+        forward = _Forward(rows, ids)
         self._forwards[self.core.state.forward] = forward
         scale = float(rows) if self._is_mean else 1.0
         if self.grad_scaler is not None:
@@ -161,21 +173,42 @@ class PrivateSession:
     def _leave(self, output: Any) -> None:
         if self._open is None:
             return
+        if self._depth:
+            self._depth -= 1
+            return
         context, self._open = self._open, None
-        context.__exit__(None, None, None)
-        forward = self._forwards[self.core.state.forward]
-        found = _first_tensor(output)
-        if found is not None and found.requires_grad and found.dim() > 0 and len(found) == forward.rows:
-            self._probe_rows(found, self.core.state.batches[self.core.state.forward].layout)
+        state = self.core.state
+        forward, layout = self._forwards[state.forward], state.batches[state.forward].layout
+        try:
+            context.__exit__(None, None, None)
+            outputs = self._outputs.read(output, forward.rows)
+            if outputs.rows:
+                self._probe.check(
+                    outputs.rows,
+                    lambda unit: row_weights(outputs.rows, layout.row_units == unit),
+                    layout,
+                    outputs.others,
+                )
+                forward.is_shown = True
+        finally:
+            state.forget_calls()
+
+    def _close_interrupted(self, calls: int) -> None:
+        """Close what a forward pass left open that Ctrl-C ended: torch runs no hook then. It is under way if the
+        module has that many calls on the stack."""
+        if self._open is None or _count_calls(self.core.module) >= calls:
+            return
+        context, self._open, self._depth = self._open, None, 0
+        _exit_below(context, self.core.state.mode)
+        index = self.core.state.forward
+        self._forwards.pop(index, None)
+        self.core.state.batches.pop(index, None)
+        self.core.state.consume([index])
         self.core.state.forget_calls()
-
-    def _probe_rows(self, output: Tensor, layout: Layout) -> None:
-        def weights(unit: int) -> Tensor:
-            is_own = (layout.row_units == unit).view(-1, *[1] * (output.dim() - 1)).to(output)
-            # Unequal ones: a plain sum is constant after a softmax or a norm, and would show nothing.
-            return torch.linspace(0.5, 1.5, output.numel()).view(output.shape).to(output) * is_own
-
-        self._probe.check(output, weights, layout)
+        self.discard()
+        logger.warning(
+            "a forward pass was interrupted; what this step had accumulated is dropped, and it begins afresh"
+        )
 
     def _finish(self) -> None:
         """At the end of a real backward pass (not of torch.autograd.grad): clip and add."""
@@ -196,6 +229,8 @@ class PrivateSession:
             )
         infos = [self._forwards[index] for index in sorted(forwards)]
         first = infos[0]
+        if not all(info.is_shown for info in infos):
+            raise no_rows("a loss came from it past its outputs")
         if len(infos) > 1 and (
             first.unit_ids is None or any(info.unit_ids is not first.unit_ids for info in infos[1:])
         ):
@@ -208,6 +243,13 @@ class PrivateSession:
             raise PrivacyError(
                 "a second backward pass through the same forward pass in one step: its units would be "
                 "clipped apart and count twice. Add the losses and call backward once"
+            )
+        if self._forwards_seen and self._loader is None and first.unit_ids is None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "several backward passes in one step, without Poisson sampling or unit ids: a row that takes part in "
+                "two of them counts twice: max_grad_norm bounds each of its contributions, not their sum. Give ids "
+                "(`with engine.units(ids):`) to have that refused"
             )
         self._forwards_seen |= forwards
         if self._units_required and first.unit_ids is None:
@@ -261,28 +303,53 @@ class PrivateSession:
             return Layout.uniform(forward.rows, 1, device)
         return Layout.from_ids(forward.unit_ids.to(device))
 
+    def _check_whole_draw(self) -> None:
+        """All rows of a draw of rows went through backward, or none did.
+
+        Fewer are no proof of rows left out: of a sequence-first batch each time step counts as a row, everybody is
+        in all of them, and there may be fewer steps than people. A draw of units is another matter: ids say whose
+        each row is, and they were compared with the draw's; of those, units may be left out.
+        """
+        draw = self._draw
+        if draw is not None and draw.unit_ids is None and 0 < self._rows_seen < draw.rows:
+            raise PrivacyError(
+                f"{self._rows_seen} rows went through backward where the loader drew {draw.rows}: the first axis of "
+                "the module's batch may not be that of the records. Put all of them through before "
+                "optimizer.step(); multiply the losses of those to leave out by zero"
+            )
+
     def step(self) -> None:
         """End the logical step: charge, then noise and update.
 
+        A step that fails after it was charged is taken: it counts, its draw is used, and its sum is dropped.
+
         Raises:
-            BudgetExceededError: the budget is used up. PrivacyError: a parameter is not covered. Nothing
-                moved.
+            BudgetExceededError: the budget is used up. PrivacyError: a parameter is not covered, or rows of the
+                draw are missing. Nothing moved.
         """
+        self._close_interrupted(calls=1)
         if self.max_steps is not None and self.steps_done >= self.max_steps:
             raise BudgetExceededError(
                 f"the target epsilon pays for {self.max_steps} steps and all of them are taken; training "
                 "stops here"
             )
         self.core.check_coverage()
+        self._check_whole_draw()
         self._charge(self.steps_done)
-        self.core.release()
+        # Before the release: if it fails half way, parameters may have moved.
         self.steps_done += 1
         if self._draw is not None:
             self._last_draw = self._draw.index
-        self._forwards.clear()
-        self.core.state.batches.clear()
-        self.core.state.reset()
-        self._reset_step()
+        try:
+            self.core.release()
+        except BaseException:
+            self.core.discard()
+            raise
+        finally:
+            self._forwards.clear()
+            self.core.state.batches.clear()
+            self.core.state.reset()
+            self._reset_step()
 
     def discard(self) -> None:
         """Drop what was accumulated in the step under way (as `zero_grad` does)."""
@@ -361,8 +428,24 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.session.core.updater.import_state()
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((found for found in map(_first_tensor, items) if found is not None), None)
+def _count_calls(module: nn.Module) -> int:
+    """Calls of a module that are under way, in any thread."""
+    count = 0
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            count += frame.f_code is _CALL and frame.f_locals.get("self") is module
+            frame = frame.f_back
+    return count
+
+
+def _exit_below(context: AbstractContextManager[None], mode: TorchFunctionMode | None) -> None:
+    """Leave a context that has `mode` on this thread's stack, whatever was put above it since."""
+    above: list[Any] = []
+    if mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        while (top := _pop_mode()) is not mode:  # type: ignore[no-untyped-call]
+            above.append(top)
+    _push_mode(mode)  # type: ignore[no-untyped-call]
+    context.__exit__(InterruptedError, InterruptedError(), None)
+    for other in reversed(above):
+        _push_mode(other)  # type: ignore[no-untyped-call]

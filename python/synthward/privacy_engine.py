@@ -89,17 +89,24 @@ class PrivacyEngine:
         """Make a training loop private; returns module (the same object), optimizer and loader.
 
         Args:
-            module: its trainable parameters are found by capture; layers that mix rows are refused.
+            module: its trainable parameters are found by capture; layers that mix rows are refused. The first axis
+                of its arguments is that of the records, and an output that takes a gradient has it, too: rows are
+                counted by it, and on outputs it is shown that records do not mix.
             optimizer: over exactly those parameters. Plain SGD, Adam and AdamW get the fused update.
             data_loader: with `poisson_sampling`, replaced by Poisson draws from its data set.
             noise_multiplier: noise standard deviation over `max_grad_norm`; 0 means epsilon = infinity.
             max_grad_norm: L2 bound of one unit's contribution to the summed gradient.
             poisson_sampling: False leaves the loader alone. No amplification is claimed then: every unit is
                 charged as present in every step, and a removed unit is one whose rows stay in their batches
-                at weight zero.
+                at weight zero. Several backward passes in one step are then accepted, and a row that takes part in
+                two of them counts twice, beyond `max_grad_norm`; under `engine.units(ids)` that is refused.
             clipping: the rule by name (`ClipSpec`: "flat", "per-layer", "automatic", "adaptive"), or a whole
                 `ClipSpec`.
-            loss_reduction: "mean" if the criterion averages over the rows present, "sum" if it adds them.
+            loss_reduction: "mean" if the criterion averages over the rows present, "sum" if it adds them. It must
+                be a sum or mean over rows of a loss of each row alone, inside the module or outside; the engine
+                does not see a criterion. One that divides by a quantity of the batch breaks the bound:
+                ``cross_entropy`` with ``weight=...``, or its mean over tokens with ``ignore_index``. Take
+                ``reduction="none"``, average over each row's own tokens, and then take ``.mean()`` over rows.
             sample_rate: Poisson probability q. If None, the batch size over the number of units, which is
                 thereby treated as public.
             expected_batch_size: public denominator of the mean gradient, in units; the loader's batch size
