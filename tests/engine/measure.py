@@ -82,7 +82,7 @@ def read_pass(
         bounds=groups.bounds,
         sq_norms=torch.stack([group.sq_norms for group in found._states]).double().numpy(),
         upper=torch.stack([upper[index] for index in range(len(groups.bounds))]).double().numpy(),
-        factors=torch.stack([factors for factors, _ in found.factors()]).double().numpy(),
+        factors=torch.stack([found._found[index][0] for index in range(len(groups.bounds))]).double().numpy(),
     )
 
 
