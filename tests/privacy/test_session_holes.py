@@ -465,7 +465,7 @@ def test_a_draw_is_released_once_even_if_the_update_fails():
 
 
 def test_a_failed_update_leaves_no_sum(monkeypatch):
-    """The fused update of the second group fails after the first has moved: its sum is not released later."""
+    """A fused update that fails half way has not emptied the sum; it is not released later."""
     _, module, optimizer, _ = private(Body(), poisson_sampling=False)
     core = optimizer.session.core
     module(records()).sum().backward()
