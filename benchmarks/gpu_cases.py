@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_case import Case, Maker
 from synthward.kernels import ConvShape, gaussian_noise, noisy_adam_, sum_chain
 from synthward.kernels.conv import reference as conv_reference
 from synthward.kernels.conv import triton_impl as conv
 from synthward.kernels.diagonal import triton_impl as diagonal
 from synthward.kernels.noise import triton_impl as noise
+from synthward.kernels.normalize import triton_impl as normalize
 from synthward.kernels.outer import triton_impl as outer
 from synthward.kernels.scatter import triton_impl as scatter
 from synthward.kernels.update import triton_impl as update
@@ -30,56 +31,6 @@ SGD = {
     "weight_decay": 0.01,
     "first_step": False,
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel at one shape.
-
-    `run` leaves its result in `result`; `exact` gives what it should be, float64, and the size of the terms that were
-    added up, which the error is measured in.
-    """
-
-    name: str
-    shape: str
-    run: Callable[[], object]
-    result: Callable[[], Tensor]
-    exact: Callable[[], tuple[Tensor, Tensor]]
-    tolerance: float
-    bytes: float
-    flops: float = 0.0
-    dtype: torch.dtype = torch.float32
-    operations: float = 0.0
-    clear: list[Tensor] = field(default_factory=list)
-
-
-class Maker:
-    """Random operands on one device, the same for the same seed."""
-
-    def __init__(self, device: str, small: bool) -> None:
-        self.device, self.small = device, small
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def size(self, large: int, small: int) -> int:
-        return small if self.small else large
-
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(rows, columns, generator=self.generator, device=self.device).to(dtype)
-
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device)
-
-    def weights(self, rows: int) -> Tensor:
-        return torch.rand(rows, generator=self.generator, device=self.device)
-
-    def offsets(self, units: int, length: int, ragged: bool) -> Tensor:
-        if not ragged:
-            return torch.arange(units + 1, device=self.device) * length
-        cuts = torch.randint(
-            0, units * length + 1, (units - 1,), generator=self.generator, device=self.device
-        )
-        ends = torch.tensor([0, units * length], device=self.device)
-        return torch.cat([ends[:1], cuts.sort().values, ends[1:]])
 
 
 def all_cases(device: str, *, small: bool) -> Iterator[Callable[[], Case]]:
@@ -103,6 +54,13 @@ def all_cases(device: str, *, small: bool) -> Iterator[Callable[[], Case]]:
         yield lambda dtype=dtype: diagonal_sum(make, dtype)
         yield lambda dtype=dtype: scatter_norms(make, dtype)
         yield lambda dtype=dtype: scatter_sum(make, dtype)
+        for rows, p in (
+            (make.size(256, 20), make.size(1024, 40)),
+            (make.size(64, 20), make.size(8192, 5000)),
+        ):
+            yield lambda dtype=dtype, n=rows, p=p: layer_norm(make, n, p, dtype)
+        for channels, length in ((512, make.size(49, 5)), (64, make.size(3136, 300))):
+            yield lambda dtype=dtype, c=channels, m=length: group_norm(make, c, m, dtype)
     for rows, shape in _conv_shapes(make):
         for run in (conv_norms, conv_unit_grads, conv_sum):
             yield lambda run=run, n=rows, v=shape: run(make, n, v)
@@ -295,6 +253,83 @@ def scatter_sum(make: Maker, dtype: torch.dtype) -> Case:
         bytes=ids.nbytes + g.nbytes + 8 * p * len(ids.unique()),
         dtype=dtype,
         clear=[out],
+    )
+
+
+def _norm_grad(
+    x: Tensor, g: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the last axis in float64: the input gradient, the size of its terms, and ``g * (x - mean) * rstd``."""
+    g, r = g.double(), rstd.double().unsqueeze(-1)
+    c, h = (x.double() - mean.double().unsqueeze(-1)) * r, g * weight.double()
+    dx = r * (h - h.mean(-1, keepdim=True) - c * (h * c).mean(-1, keepdim=True))
+    size = h.abs() + h.abs().mean(-1, keepdim=True) + c.abs() * (h * c).abs().mean(-1, keepdim=True)
+    return dx, r * size, g * c
+
+
+def _norm_case(
+    name: str,
+    shape: str,
+    run: Callable[[], object],
+    read: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    exact: Callable[[], tuple[Tensor, Tensor]],
+) -> Case:
+    dtype = read[0].dtype
+    return Case(
+        *(name, shape, run, lambda: torch.cat([t.flatten().float() for t in outputs]), exact),
+        # (The interpreter rounds to bf16 towards zero.)
+        tolerance=2.0**-7 if dtype == torch.bfloat16 else 2.0**-20,
+        bytes=sum(t.nbytes for t in (*read, *outputs)),
+        dtype=dtype,
+    )
+
+
+def layer_norm(make: Maker, length: int, p: int, dtype: torch.dtype) -> Case:
+    units = make.size(1024, 3)
+    rows = units * length
+    x, g, offsets = (
+        make.matrix(rows, p, dtype),
+        make.matrix(rows, p, dtype),
+        make.offsets(units, length, True),
+    )
+    mean, rstd, weight = make.weights(rows), make.weights(rows) + 0.5, make.weights(p)
+    outputs = (torch.empty_like(x), make.zeros(units, p), make.zeros(units, p))
+
+    def exact() -> tuple[Tensor, Tensor]:
+        dx, size, terms = _norm_grad(x, g, weight, mean, rstd)
+        unit = torch.searchsorted(offsets[1:], torch.arange(rows, device=x.device), right=True)
+        wide = (terms, g.double(), terms.abs(), g.double().abs())
+        sums = [
+            torch.zeros(units, p, device=x.device).double().index_add_(0, unit, t).flatten() for t in wide
+        ]
+        return torch.cat([dx.flatten(), *sums[:2]]), torch.cat([size.flatten(), *sums[2:]])
+
+    return _norm_case(
+        *("layer_norm_backward", f"{units} units of on average {length}, {p}"),
+        lambda: normalize.layer_norm_backward(x, g, mean, rstd, weight, offsets, None, units, outputs),
+        *((x, g), outputs, exact),
+    )
+
+
+def group_norm(make: Maker, channels: int, length: int, dtype: torch.dtype) -> Case:
+    rows, groups = make.size(256, 2), 32
+    x, g = (make.matrix(rows * channels, length, dtype).view(rows, channels, length) for _ in range(2))
+    mean, rstd = (make.weights(rows * groups).view(rows, groups) for _ in range(2))
+    weight = make.weights(channels)
+    outputs = (torch.empty_like(x), make.zeros(rows, channels), make.zeros(rows, channels))
+
+    def exact() -> tuple[Tensor, Tensor]:
+        factors = weight.view(groups, -1).repeat_interleave(length, 1)
+        found = _norm_grad(*(t.view(rows, groups, -1) for t in (x, g)), factors, mean, rstd)
+        dx, size, terms = (t.view(x.shape) for t in found)
+        wide = [t.double().sum(2).flatten() for t in (terms, g, terms.abs(), g.abs())]
+        return torch.cat([dx.flatten(), *wide[:2]]), torch.cat([size.flatten(), *wide[2:]])
+
+    return _norm_case(
+        *("group_norm_backward", f"{rows} of {channels} in {groups}, {length} places"),
+        lambda: normalize.group_norm_backward(x, g, mean, rstd, weight, *outputs),
+        *((x, g), outputs, exact),
     )
 
 

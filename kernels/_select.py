@@ -53,6 +53,11 @@ def choose(
     return "reference"
 
 
+def uses_triton(*inputs: Tensor | None) -> bool:
+    """Whether `auto` runs the Triton kernel of an operation that has one."""
+    return choose("auto", *inputs) == "triton"
+
+
 def use_cpp(backend: Backend, *tensors: Tensor | None) -> bool:
     """Whether the C++ kernel runs: asked for, or `auto` with contiguous fp32/int64 tensors in CPU memory.
 

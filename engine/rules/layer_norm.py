@@ -14,7 +14,7 @@ from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout
 from synthward.engine.provenance import Target
 from synthward.engine.rules.uses import DiagonalRows, DiagonalUse, Use, is_compiled
-from synthward.kernels import layer_norm_backward
+from synthward.kernels import layer_norm_backward, uses_triton
 
 
 def _backward(
@@ -76,7 +76,8 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         width, grad, wants_dx = math.prod(ctx.shape), grad.contiguous(), ctx.needs_input_grad[0]
         flat, g = x.detach().reshape(-1, width).contiguous(), grad.view(-1, width)
-        fused = is_compiled(flat, g)
+        # In the reference a pass of its own; torch's kernel is faster, and keeps the bits of float64.
+        fused = is_compiled(flat, g) or uses_triton(flat, g)
         scale = None if weight is None else weight.detach().float().reshape(width)
         norm = (mean.float().flatten(), rstd.float().flatten(), scale)
         grad_x = _backward(ctx, "layer_norm", flat, g, *norm, with_dx=wants_dx and fused)

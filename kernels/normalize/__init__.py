@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.normalize import cpp_impl, reference
 
 
@@ -47,16 +47,25 @@ def layer_norm_backward(
     for name, vector, length in (("mean", mean, rows), ("rstd", rstd, rows), ("weight", weight, width)):
         if vector is not None:
             _check.flat_float(vector, name, length)
+    if order is not None:
+        if order.dtype != torch.int64:
+            raise TypeError(f"order: has dtype {order.dtype}, expected torch.int64")
+        _check.shape(order, (rows,), "order")
     units = _check.unit_count(offsets, rows)
     _check_outputs(dx, tuple(x.shape), (scale, bias), (units, width))
     written = (dx, scale, bias)
-    if use_cpp(backend, x, output_grads, mean, rstd, weight, offsets, order, *written):
-        if rows and width:
-            cpp_impl.layer_norm_backward(x, output_grads, mean, rstd, weight, offsets, order, written)
-        else:
-            _zero(written)
+    arguments = (x, output_grads, mean, rstd, weight, offsets, order)
+    chosen = choose(backend, *arguments, written=written)
+    if chosen == "reference":
+        reference.layer_norm_backward(*arguments, units, written)
+    elif not x.numel():
+        _zero(written)
+    elif chosen == "cpp":
+        cpp_impl.layer_norm_backward(*arguments, written)
     else:
-        reference.layer_norm_backward(x, output_grads, mean, rstd, weight, offsets, order, units, written)
+        from synthward.kernels.normalize import triton_impl
+
+        triton_impl.layer_norm_backward(*arguments, units, written)
 
 
 def group_norm_backward(
@@ -97,13 +106,18 @@ def group_norm_backward(
     if weight is not None:
         _check.flat_float(weight, "weight", channels)
     _check_outputs(dx, tuple(x.shape), (scale, bias), (rows, channels))
-    if use_cpp(backend, x, output_grads, mean, rstd, weight, dx, scale, bias):
-        if x.numel():
-            cpp_impl.group_norm_backward(x, output_grads, mean, rstd, weight, dx, scale, bias)
-        else:
-            _zero((dx, scale, bias))
+    inputs, outputs = (x, output_grads, mean, rstd, weight), (dx, scale, bias)
+    chosen = choose(backend, *inputs, written=outputs)
+    if chosen == "reference":
+        reference.group_norm_backward(*inputs, *outputs)
+    elif not x.numel():
+        _zero(outputs)
+    elif chosen == "cpp":
+        cpp_impl.group_norm_backward(*inputs, *outputs)
     else:
-        reference.group_norm_backward(x, output_grads, mean, rstd, weight, dx, scale, bias)
+        from synthward.kernels.normalize import triton_impl
+
+        triton_impl.group_norm_backward(*inputs, *outputs)
 
 
 def _check_outputs(

@@ -31,6 +31,7 @@ def test_every_kernel_is_right_before_it_is_timed():
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert {"rank1_norms", "gram_norms", "tile_norms", "outer_sum", "noisy_adam_", "noisy_sgd_"} <= kernels
     assert {"conv_norms", "conv_unit_grads", "conv_sum"} <= kernels
+    assert {"layer_norm_backward", "group_norm_backward"} <= kernels
     assert "WRONG" not in done.stdout
 
 

@@ -55,3 +55,11 @@ def test_noise_and_updates_are_unfused_and_rounded_as_on_the_cpu(listings):
     for name in ("_noise_kernel", "_adam_kernel", "_adam_silent_kernel", "_sgd_kernel", "_sgd_silent_kernel"):
         assert not [case for case in listings[name] if case["approximate"] or case["fused_fp32"]], name
     assert any(case["fused_fp32"] for name in (*MULTIPLYING, *CONVOLVING) for case in listings[name])
+
+
+def test_sums_of_normalisations_are_of_doubles(listings):
+    """Nor is the only division, by the number of elements, one of floats."""
+    for name in ("_row_sums_kernel", "_row_coefficients_kernel", "_layer_norm_units_kernel"):
+        assert not [case for case in listings[name] if case["fused_fp32"]], name
+    for name in ("_layer_norm_kernel", "_group_norm_kernel", "_row_coefficients_kernel"):
+        assert not [case for case in listings[name] if case["approximate"]], name

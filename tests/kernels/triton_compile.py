@@ -19,13 +19,26 @@ from triton.compiler import ASTSource
 H200 = GPUTarget("cuda", 90, 32)
 MODULES = [
     "_triton",
-    *(f"{name}.triton_impl" for name in ("outer", "conv", "diagonal", "scatter", "noise", "update")),
+    *(
+        f"{name}.triton_impl"
+        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "update")
+    ),
 ]
-BF16 = {"a_ptr": "*bf16", "g_ptr": "*bf16", "rows_ptr": "*bf16", "x_ptr": "*bf16"}
+BF16 = dict.fromkeys(("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr"), "*bf16")
+# Of others x is fp32 whatever the operands are.
+TAKE_X = {
+    *(
+        "_scale_kernel",
+        "_layer_norm_kernel",
+        "_group_norm_kernel",
+        "_row_sums_kernel",
+        "_group_norm_grad_kernel",
+    ),
+}
 POINTERS = {
     **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr"), "*i64"),
     **dict.fromkeys(("slots_ptr", "out_words_ptr"), "*i32"),
-    **dict.fromkeys(("partials_ptr", "fragments_ptr"), "*fp64"),
+    **dict.fromkeys(("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr"), "*fp64"),
 }
 FLOATS = {
     *(
@@ -50,6 +63,8 @@ POINT = {
     **dict.fromkeys(("groups", "channels", "outputs", "places", "width", "tiles", "across"), 1),
     **dict.fromkeys((f"{letter}{axis}" for letter in "dksrpo" for axis in range(letter in "ko", 3)), 1),
 }
+# Every row is a unit.
+NO_UNITS = dict.fromkeys(("offsets_ptr", "slots_ptr", "order_ptr", "scale_partials_ptr", "bias_partials_ptr"))
 FP32_PARTIALS = {"_sum_kernel", "_join_kernel"}
 # Compile-time arguments; a pointer that is None is one too. Both operand types where a kernel multiplies.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -79,6 +94,32 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "_conv_squares_kernel": [
         {"SPAN": 8192, "BR": 1, "BK": 1024},
+        {"SPAN": 8192, "BR": 64, "BK": 16},
+    ],
+    "_layer_norm_kernel": [
+        {"STEP": 64, "BR": 1, "BP": 4096, "coefficients_ptr": None, "order_ptr": None, "num_warps": 16},
+        {"STEP": 64, "BR": 1, "BP": 1024, "mean_ptr": None, "weight_ptr": None},
+        {"STEP": 16, "BR": 16, "BP": 16, "dx_ptr": None, "bias_ptr": None, "bias_partials_ptr": None, "num_warps": 1},
+        {"STEP": 16, "BR": 2, "BP": 512, "coefficients_ptr": None, **NO_UNITS},
+    ],
+    "_layer_norm_units_kernel": [
+        {"STEP": 64, "BK": 16, "BP": 64},
+        {"STEP": 16, "BK": 16, "BP": 16, "scale_ptr": None, "scale_partials_ptr": None},
+    ],
+    "_row_sums_kernel": [
+        {"SPAN": 8192, "BR": 1, "BK": 1024},
+        {"SPAN": 8192, "BR": 64, "BK": 16, "mean_ptr": None, "weight_ptr": None},
+    ],
+    "_row_coefficients_kernel": [
+        {"CENTRED": True, "BC": 64, "BA": 16},
+        {"CENTRED": False, "BC": 1, "BA": 1, "weight_ptr": None, "scale_ptr": None, "bias_ptr": None},
+    ],
+    "_group_norm_kernel": [
+        {"BC": 2, "BL": 2048, "num_warps": 16},
+        {"BC": 1, "BL": 1, "channels": 1, "length": 1, "weight_ptr": None, "dx_ptr": None, "num_warps": 1},
+    ],
+    "_group_norm_grad_kernel": [
+        {"SPAN": 8192, "BR": 1, "BK": 1024, "weight_ptr": None},
         {"SPAN": 8192, "BR": 64, "BK": 16},
     ],
     "_rows_kernel": [{"BR": 8, "BP": 256, "factors_ptr": None}, {"BR": 8, "BP": 16}],
@@ -150,7 +191,7 @@ def main() -> None:
     assert found.keys() == CASES.keys(), f"without a case, or gone: {found.keys() ^ CASES.keys()}"
     result = {}
     for name, cases in CASES.items():
-        reads = set(found[name].arg_names) & BF16.keys() - ({"x_ptr"} if name != "_scale_kernel" else set())
+        reads = set(found[name].arg_names) & BF16.keys() - ({"x_ptr"} if name not in TAKE_X else set())
         operands = [{}, {key: BF16[key] for key in reads}] if reads else [{}]
         result[name] = [compiled(name, found[name], case, types) for case in cases for types in operands]
     print(json.dumps(result))
