@@ -24,6 +24,7 @@ from synthward.engine.picking import picks_rows
 from synthward.engine.products import Products
 from synthward.engine.provenance import Derived, Provenance, Target, tensors_in
 from synthward.engine.scratch import Workspace
+from synthward.engine.writes import written
 
 if TYPE_CHECKING:
     from synthward.engine.contributions import Contributions
@@ -162,7 +163,8 @@ class CaptureState:
         before = self._is_recomputing, self.forward
         self._is_recomputing, self.forward = True, forward
         try:
-            yield
+            with self.provenance.again():
+                yield
         finally:
             self._is_recomputing, self.forward = before
 
@@ -314,16 +316,68 @@ class CaptureMode(TorchFunctionMode):
         check = self._checks.get(func)
         if check is not None:
             check(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         state, known = self._state, self._state.provenance
         tensors = [*tensors_in(args), *tensors_in(kwargs)] if kwargs else list(tensors_in(args))
         tracked = [t for t in tensors if state.target(t) is not None]
-        is_constant = all(known.is_constant(t) for t in tensors) if not tracked else False
+        is_fixed = all(known.is_constant(t) or state.target(t) is not None for t in tensors)
+        if not is_fixed or known.has_read:
+            self._check_writes(func, args, kwargs, is_fixed)
+        if torch.is_grad_enabled():
+            out = self._run(func, args, kwargs, tensors, tracked, is_fixed)
+        else:
+            out = func(*args, **kwargs)
+            if is_fixed:
+                known.note_constant(func, out, tensors)
+        if not is_fixed:
+            known.note_read(func, args)
+            for tensor in tensors:
+                # Written into without the name saying so.
+                if known.is_stale(tensor):
+                    self._note_write(tensor, func)
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if error[0] is None:
+            where = self._state.provenance.written()
+            if where is not None:
+                raise UnsupportedOperationError(f"{where}: {_KEEPS_RECORDS}")
+
+    def _check_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_fixed: bool) -> None:
+        """Refuse a call that writes data (or numbers that were read from data, if `is_fixed`) into what the module
+        keeps."""
+        if is_fixed and not any(isinstance(value, float) for value in (*args, *kwargs.values())):
+            return
+        for tensor in written(func, args, kwargs):
+            self._note_write(tensor, func)
+
+    def _note_write(self, tensor: Tensor, func: Any) -> None:
+        """Data is written into `tensor`, which must not be what the module keeps, nor a weight computed from it."""
+        state = self._state
+        where = state.provenance.holder(tensor)
+        if where is None and state.target(tensor) is not None:
+            where = f"parameter {state.name(state.target(tensor))!r}"  # type: ignore[arg-type]
+        if where is not None:
+            state.provenance.is_watching = False
+            name = getattr(func, "__name__", func)
+            raise UnsupportedOperationError(f"{where} in operation {name!r}: {_KEEPS_RECORDS}")
+        state.provenance.forget(tensor)
+
+    def _run(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        tracked: list[Tensor],
+        is_fixed: bool,
+    ) -> Any:
+        """A call that may take part in a gradient; `is_fixed`: all its tensors are parameters' or constants."""
+        state, known = self._state, self._state.provenance
         if not tracked:
             out = func(*args, **kwargs)
-            if is_constant:
-                known.note_constant(func, out)
+            if is_fixed:
+                known.note_constant(func, out, tensors)
                 return out
             state.trace = hash((state.trace, func))
             if picks_rows(func, args, kwargs, known.is_constant):
@@ -333,12 +387,16 @@ class CaptureMode(TorchFunctionMode):
                     (len(t) for t in tensors if t.dim() and not known.is_constant(t)), None
                 )
             return out
-        if all(
-            state.target(t) is not None or known.is_constant(t) for t in tensors
-        ) and not self._is_expansion(func, args, kwargs):
+        if is_fixed and not self._is_expansion(func, args, kwargs):
             return self._compute_weight(func, args, kwargs, tracked)
         handler = self._handlers.get(func)
         if handler is not None:
+            if any(t.is_complex() for t in tensors):
+                state.refuse(
+                    next((t for t in tracked if t.is_complex()), tracked[0]),
+                    _name(func),
+                    "complex numbers have no per-unit gradient rule; compute with their real and imaginary parts",
+                )
             out = handler(state, *args, **kwargs)
             if isinstance(out, Tensor):
                 state.forward_bytes += out.nbytes
@@ -367,10 +425,9 @@ class CaptureMode(TorchFunctionMode):
         state, known = self._state, self._state.provenance
         out = func(*known.graphs(args), **known.graphs(kwargs))
         if not _carries_gradient(func, out):
-            known.note_constant(func, out)
+            known.note_constant(func, out, [*tensors_in(args), *tensors_in(kwargs)])
             return out
-        name = getattr(func, "__name__", "")
-        if func is Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+        if next(written(func, args, kwargs), None) is not None:
             state.refuse(
                 tracked[0], _name(func), "writes into a parameter, or into a weight computed from some"
             )
@@ -379,9 +436,13 @@ class CaptureMode(TorchFunctionMode):
             target = state.target(tensor)
             for position in positions_of(target):
                 parameters[position] = state.parameters[position]
-        return known.leaves(func, args, out, parameters)
+        return known.leaves(func, args, out, parameters, tracked)
 
 
+_KEEPS_RECORDS = (
+    "the forward pass writes into it what was computed from records, so that a statistic of them would be kept "
+    "without noise; leave the running statistic out or freeze it (eval mode, observers off), or give it constants"
+)
 _EXPANSIONS = frozenset({Tensor.expand, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to, torch.tile})
 
 

@@ -77,7 +77,13 @@ def _check_place(state: CaptureState, value: Tensor, out: torch.Size, operation:
     if _aligned(value.shape, len(out))[0] == 1:
         return
     target = state.target(value)
-    if not isinstance(target, Derived) or target.transposed is not None or _is_slice(target):
+    if (
+        not isinstance(target, Derived)
+        or target.has_own_rows
+        or target.transposed is not None
+        or _is_slice(target)
+        or _is_of_places(target)
+    ):
         state.refuse(
             value,
             operation,
@@ -91,6 +97,31 @@ def _is_slice(target: Derived) -> bool:
     graph = target.graph
     places = {leaf.untyped_storage().data_ptr() for leaf in target.leaves.values()}
     return graph.untyped_storage().data_ptr() in places and graph.stride(0) != 0
+
+
+def _is_of_places(target: Derived) -> bool:
+    """Whether the first and the last rows are computed from different elements of a parameter."""
+    graph = target.graph
+    if graph.stride(0) == 0:
+        return False
+    if target.gathered is not None:
+        # Other ids may have been drawn for each row, or be the same for all.
+        ids = target.gathered[1]
+        return ids.dim() == 1 and torch.equal(ids, ids[0] + torch.arange(len(ids), device=ids.device))
+    half = len(graph) // 2
+    # Unequal weights: a plain sum is constant after a softmax or a norm, and would show nothing.
+    weights = torch.linspace(0.5, 1.5, graph.numel(), device=graph.device).view(graph.shape).to(graph.dtype)
+    leaves, found = list(target.leaves.values()), []
+    for rows in (slice(0, half), slice(half, None)):
+        chosen = torch.zeros_like(weights)
+        chosen[rows] = weights[rows]
+        grads = torch.autograd.grad(graph, leaves, chosen, retain_graph=True, allow_unused=True)
+        found.append([None if grad is None else grad != 0 for grad in grads])
+    return any(
+        bool((first | last).any()) and not bool((first & last).any())
+        for first, last in zip(*found, strict=True)
+        if first is not None and last is not None
+    )
 
 
 def _check_data(state: CaptureState, values: list[Tensor], out: torch.Size, operation: str) -> None:
