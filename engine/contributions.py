@@ -223,13 +223,17 @@ class Contributions:
         items = _added_up(self._waiting.pop(position))
         group = self._states[self._groups.of_position[position]]
         group.done.add(position)
-        if len(items) == 1:
-            target, use, layout = items[0]
-            use, layout = self._planner.prepare(use, layout, position, may_keep=not self._measure_only)
-            items = [(target, use, layout)]
-            self._took_bias = isinstance(use, OuterUse) and use.with_bias
-        self._add_norms(group, items)
-        self._hold(group, items)
+        if len(items) > 1:
+            self._add_norms(group, items)
+            self._hold(group, items)
+            return
+        target, kept, layout = items[0]
+        planner = self._planner
+        use, layout = planner.prepare(planner.widen(kept), layout, position, may_keep=not self._measure_only)
+        self._took_bias = isinstance(use, OuterUse) and use.with_bias
+        self._add_norms(group, [(target, use, layout)])
+        # Gradients that were materialised are held as they were measured; the rest is what was rounded before.
+        self._hold(group, [(target, planner.keep(use) if type(use) is type(kept) else use, layout)])
 
     def _hold(self, group: _Group, items: list[Item]) -> None:
         """They were measured and wait for their sum."""
@@ -290,6 +294,7 @@ class Contributions:
             group.done.update(p for target, _, _ in items for p in positions_of(target))
             self._add_norms(group, items)
             self._hold(group, items)
+            self._norms = Norms()
 
     def _connected(self, first: int) -> list[Item]:
         """The waiting items that share a parameter with those of `first`, directly or by way of others."""
@@ -309,6 +314,7 @@ class Contributions:
         """The squared norm of the uses of one parameter, or of several that are computed together."""
         sq_norms, row_sums = torch.zeros_like(group.sq_norms), torch.zeros_like(group.error)
         group.count += len(items)
+        items = [(target, self._planner.widen(use), layout) for target, use, layout in items]
         merged = self._merge(items)
         if merged is None:
             shapes = [total.shape for total in self._sums]
@@ -423,6 +429,7 @@ class Contributions:
                 "norm was taken of it (a hook, or a custom backward, that changes its gradient in place); return a "
                 "new tensor there"
             )
+        use = self._planner.widen(use)
         key = (index, id(layout))
         if key not in self._weights:
             weights = Weights(layout.to_rows(factors))

@@ -80,12 +80,14 @@ class Planner:
         """The use as it is kept: with `keep="bf16"` rounded, before its norm is taken."""
         if self.perf.keep != "bf16":
             return use
-        rounded = {
-            name: value.bfloat16()
-            for name, value in vars(use).items()
-            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1
-        }
-        return replace(use, **rounded)  # type: ignore[type-var]
+        return _converted(use, torch.float32, torch.bfloat16)
+
+    def widen(self, use: Use) -> Use:
+        """The use as it is measured and summed: on a CPU rounded values in single precision, for which there are
+        compiled kernels; the copy lives for one layer."""
+        if self.perf.keep != "bf16" or use.evidence.device.type != "cpu":
+            return use
+        return _converted(use, torch.bfloat16, torch.float32)
 
     def prepare(
         self, use: Use, layout: Layout, position: int, *, may_keep: bool = True
@@ -149,6 +151,16 @@ class Explanation(list[Choice]):
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__
+
+
+def _converted(use: Use, old: torch.dtype, new: torch.dtype) -> Use:
+    """The use with its matrices of one type in another one."""
+    changed = {
+        name: value.to(new)
+        for name, value in vars(use).items()
+        if isinstance(value, Tensor) and value.dtype == old and value.dim() > 1
+    }
+    return replace(use, **changed)  # type: ignore[type-var]
 
 
 def _seconds(way: Way, rates: Rates) -> float:
