@@ -333,7 +333,7 @@ class CaptureMode(TorchFunctionMode):
             for tensor in tensors:
                 # Written into without the name saying so.
                 if known.is_stale(tensor):
-                    self._note_write(tensor, func)
+                    self._note_write(tensor, func, _KEEPS_RECORDS)
         return out
 
     def __exit__(self, *error: Any) -> None:
@@ -349,9 +349,9 @@ class CaptureMode(TorchFunctionMode):
         if is_fixed and not any(isinstance(value, float) for value in (*args, *kwargs.values())):
             return
         for tensor in written(func, args, kwargs):
-            self._note_write(tensor, func)
+            self._note_write(tensor, func, _KEEPS_NUMBERS if is_fixed else _KEEPS_RECORDS)
 
-    def _note_write(self, tensor: Tensor, func: Any) -> None:
+    def _note_write(self, tensor: Tensor, func: Any, why: str) -> None:
         """Data is written into `tensor`, which must not be what the module keeps, nor a weight computed from it."""
         state = self._state
         where = state.provenance.holder(tensor)
@@ -360,7 +360,7 @@ class CaptureMode(TorchFunctionMode):
         if where is not None:
             state.provenance.is_watching = False
             name = getattr(func, "__name__", func)
-            raise UnsupportedOperationError(f"{where} in operation {name!r}: {_KEEPS_RECORDS}")
+            raise UnsupportedOperationError(f"{where} in operation {name!r}: {why}")
         state.provenance.forget(tensor)
 
     def _run(
@@ -442,6 +442,10 @@ class CaptureMode(TorchFunctionMode):
 _KEEPS_RECORDS = (
     "the forward pass writes into it what was computed from records, so that a statistic of them would be kept "
     "without noise; leave the running statistic out or freeze it (eval mode, observers off), or give it constants"
+)
+_KEEPS_NUMBERS = (
+    "the forward pass writes a number into it after one was read from records (item, tolist or float), so that a "
+    "statistic of them may be kept without noise; do one of both outside of the forward pass"
 )
 _EXPANSIONS = frozenset({Tensor.expand, Tensor.repeat, Tensor.broadcast_to, torch.broadcast_to, torch.tile})
 
