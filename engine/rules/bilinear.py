@@ -17,6 +17,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout
 from synthward.engine.provenance import Target
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import DiagonalRows, Norms, Use, Weights, diagonal_use
 from synthward.kernels import outer_sum
 
@@ -126,7 +127,7 @@ class _Bilinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(left, right, weight)
         ctx.state, ctx.call = state, call
-        return F.bilinear(left, right, weight, bias)
+        return owned(F.bilinear(left, right, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

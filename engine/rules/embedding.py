@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import ScatterUse
 
 
@@ -22,7 +23,7 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding, ctx.state, ctx.call, ctx.num_rows = padding, state, call, len(weight)
-        return F.embedding(ids, weight)
+        return owned(F.embedding(ids, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

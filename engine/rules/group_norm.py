@@ -12,6 +12,7 @@ from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.provenance import Target
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import DiagonalRows, Use, diagonal_use
 from synthward.kernels import group_norm_backward
 
@@ -36,7 +37,7 @@ class _GroupNorm(torch.autograd.Function):
         out, mean, rstd = torch.native_group_norm(flat, weight, bias, rows, channels, length, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.state, ctx.call = state, call
-        return out.view(x.shape)
+        return owned(out.view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout
 from synthward.engine.provenance import Target
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import DiagonalRows, DiagonalUse, Use, is_compiled
 from synthward.kernels import layer_norm_backward, uses_triton
 
@@ -106,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.shape, ctx.state, ctx.call = shape, state, call
         ctx.eps = torch.finfo(x.dtype).eps if eps is None else eps
-        return F.rms_norm(x, shape, weight, eps)
+        return owned(F.rms_norm(x, shape, weight, eps))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.provenance import Target
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import DiagonalRows, OuterUse, Use, diagonal_use
 
 
@@ -29,7 +30,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.state, ctx.call = state, call
-        return state.products.linear(x, weight, bias)
+        return owned(state.products.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

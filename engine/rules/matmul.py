@@ -19,6 +19,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.provenance import Derived, Target
 from synthward.engine.rules.linear import linear
+from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import BlockOuterUse, DiagonalRows, OuterUse, Use, diagonal_use
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -105,7 +106,7 @@ class _Contract(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how, ctx.operation, ctx.state, ctx.call = how, operation, state, call
-        return run(x, weight)
+        return owned(run(x, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
