@@ -63,7 +63,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> logits [B, T, vocab]."""
         # One row of positions for each row of the batch: peers know no other form.
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
         return self.head(self.norm(self.blocks(self.tokens(ids) + self.places(places))))
 
 

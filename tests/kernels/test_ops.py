@@ -116,7 +116,9 @@ def test_a_private_step_compiles_to_one_graph(backend, monkeypatch, tmp_path):
     # What the compiler keeps on disk may not hold the noise key.
     kept = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert kept or backend == "aot_eager"
-    assert not any(bytes(KEY.tolist()) in content or str(KEY.tolist()).encode() in content for content in kept)
+    assert not any(
+        bytes(KEY.tolist()) in content or str(KEY.tolist()).encode() in content for content in kept
+    )
 
 
 def test_the_key_is_checked():
