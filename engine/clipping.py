@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from synthward.engine.layout import Length
 from synthward.engine.spec import ClipSpec
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -15,7 +16,7 @@ SMALLEST_NORMAL = 2.0**-126
 LOST_SQUARES = 2.0**30 * SMALLEST_NORMAL
 
 
-def product_error(chain: int, row_sums: Tensor) -> Tensor:
+def product_error(chain: Length, row_sums: Tensor) -> Tensor:
     """Bound on the error of squared norms [U] taken as sums of products of two inner products.
 
     An inner product whose terms go through at most `chain` additions is off by at most chain u of the product of
@@ -25,7 +26,7 @@ def product_error(chain: int, row_sums: Tensor) -> Tensor:
     return (2 * chain + 4) * UNIT_ROUNDOFF * row_sums.square()
 
 
-def formed_error(chain: int, sq_norms: Tensor, row_sums: Tensor) -> Tensor:
+def formed_error(chain: Length, sq_norms: Tensor, row_sums: Tensor) -> Tensor:
     """The same for squared norms [U] of gradients that were formed, as sums over the rows: the gradient is off by
     at most chain u of `row_sums` [U]."""
     off = (chain + 2) * UNIT_ROUNDOFF * row_sums

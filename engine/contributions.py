@@ -18,7 +18,7 @@ from torch import Tensor
 from synthward.engine.capture import Batch, CaptureState, Kept, positions_of
 from synthward.engine.clipping import clip_factors, formed_error, product_error
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, longer
 from synthward.engine.planner import Planner
 from synthward.engine.precision import exact_products
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
@@ -328,7 +328,7 @@ class Contributions:
                 self._planner.chunk_bytes,
             )
             error = product_error(chain, row_sums) + formed_error(
-                max(use.released_chain(layout) for _, use, layout in items), sq_norms, row_sums
+                longer(*(use.released_chain(layout) for _, use, layout in items)), sq_norms, row_sums
             )
         elif len(merged) == 1:
             use, layout = merged[0]
@@ -352,14 +352,14 @@ class Contributions:
         """Norms of uses that add up, with the cross term of a table that is also a linear layer's weight."""
         for use, layout in merged:
             use.add_norms(sq_norms, row_sums, layout, self._norms)
-        chain = max(use.chain(layout) for use, layout in merged)
+        chain = longer(*(use.chain(layout) for use, layout in merged))
         if len(merged) == 2 and isinstance(items[0][0], int):
             (outer, outer_layout), (scatter, scatter_layout) = merged
             assert isinstance(outer, OuterUse) and isinstance(scatter, ScatterUse)
             add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
             width = outer.activations.shape[1]
-            chain = max(chain, width) + outer_layout.num_rows // max(outer_layout.num_units, 1)
-        released = max(use.released_chain(layout) for use, layout in merged)
+            chain = longer(chain, width) + outer_layout.lengths
+        released = longer(*(use.released_chain(layout) for use, layout in merged))
         return product_error(chain, row_sums) + formed_error(released, sq_norms, row_sums)
 
     def _merge(self, items: list[Item]) -> list[tuple[Use, Layout]] | None:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from synthward.engine.errors import ConfigError
+
+# A number of additions, the same for all units or one for each [U].
+Length: TypeAlias = int | Tensor
+
+
+def longer(*lengths: Length) -> Length:
+    """The largest of several lengths, unit by unit."""
+    most: Length = 0
+    for length in lengths:
+        if isinstance(most, int) and isinstance(length, int):
+            most = max(most, length)
+        elif isinstance(length, Tensor):
+            most = length.clamp(min=most) if isinstance(most, int) else torch.maximum(most, length)
+        else:
+            assert isinstance(most, Tensor)
+            most = most.clamp(min=length)
+    return most
 
 
 class Layout:
@@ -96,6 +115,15 @@ class Layout:
     def is_single(self) -> bool:
         """Whether each row is a unit."""
         return self.rows_per_unit == 1
+
+    @property
+    def lengths(self) -> Length:
+        """Rows of each unit [U], or the one number that all have. What is said of a unit must follow from its own
+        rows: were it to follow from the longest unit's, adding that one would move all others."""
+        if self.rows_per_unit is not None:
+            return self.rows_per_unit
+        assert self.offsets is not None
+        return self.offsets.diff()
 
     @property
     def longest(self) -> int:

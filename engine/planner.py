@@ -13,9 +13,7 @@ from synthward.engine.rates import Rates, measured_rates
 from synthward.engine.rules.uses import DiagonalUse, ScatterUse, Use, Way
 from synthward.engine.spec import PerfSpec
 
-# Bytes that each parameter takes in a plain step: itself, its gradient and two moments.
-_PARAMETER_BYTES = 16
-# Of the plain step's peak, what per-unit gradients may take.
+# Of what the forward pass keeps, and so of less than the plain step's peak, what per-unit gradients may take.
 _MATERIALISED_SHARE = 0.1
 # Gradients formed for a moment, a few units at a time, where no formula holds.
 _CHUNK_BYTES = 64 << 20
@@ -46,17 +44,15 @@ class Choice:
 
 
 class Planner:
-    """Chooses per use; never changes what is released beyond rounding.
+    """Chooses per use, by shapes of single units alone; never changes what is released beyond rounding.
 
     Args:
         perf: the user's settings.
         names: of the parameters, by position.
-        numel: number of all their elements.
     """
 
-    def __init__(self, perf: PerfSpec, names: list[str], numel: int) -> None:
+    def __init__(self, perf: PerfSpec, names: list[str]) -> None:
         self.perf, self._names = perf, names
-        self._parameter_bytes = _PARAMETER_BYTES * numel
         self._budget, self._used = 0.0, 0.0
         self.choices: dict[int, Choice] = {}
 
@@ -69,8 +65,10 @@ class Planner:
     def begin(self, forward_bytes: int) -> None:
         """A backward pass begins, over a forward pass whose captured calls gave that many bytes."""
         given = self.perf.materialise_bytes
-        plain = self._parameter_bytes + forward_bytes
-        self._budget, self._used = _MATERIALISED_SHARE * plain if given is None else float(given), 0.0
+        # All of it grows with the number of units, and so do the costs: the choice does not depend on how many there
+        # are, which is private.
+        share = _MATERIALISED_SHARE * forward_bytes
+        self._budget, self._used = share if given is None else float(given), 0.0
 
     def free(self) -> None:
         """What was materialised has been summed."""
@@ -98,6 +96,10 @@ class Planner:
             return use, layout
         chosen = cast("Choosable", use)
         ways = [way for way in chosen.ways(layout) if may_keep or way.method != "materialise"]
+        if layout.rows_per_unit is None and self.perf.method == "auto":
+            # Each way inflates norms by its own bound: a choice by the lengths of the units that are there would let
+            # one of them move all others.
+            ways = [way for way in ways if way.method == "tile"] or ways
         way = self._choose(ways, use.evidence.device)
         self._note(position, way)
         if way.method != "materialise":

@@ -106,7 +106,8 @@ class PerfSpec:
             (`PrivateTrainer` only).
         method: how norms of linear weights and convolutions are taken; "auto" chooses by the cost model.
         materialise_bytes: memory for per-unit gradients that are kept for the clip; None: a tenth of what the
-            forward pass keeps.
+            forward pass keeps. A number of bytes is met or not by the batch's size, so that a unit more may change
+            how norms are taken, and with it all clip factors by their rounding bounds (1e-5 and less).
         products: who multiplies in the forward pass and for input gradients of linear layers on a CPU: "library"
             (torch's), "own" (the compiled kernel), or "auto", the one that was measured to be faster.
     """

@@ -62,7 +62,7 @@ class DPStep:
         self.flat = FlatParameters(module, optimizer)
         self.updater = make_updater(self.flat, optimizer)
         names = [span.name for span in self.flat]
-        self.planner = Planner(perf or PerfSpec(), names, len(self.flat.data))
+        self.planner = Planner(perf or PerfSpec(), names)
         self.groups = make_groups(clip, names)
         self.quantile = Quantile(clip, noise, expected_batch_size) if clip.clipping == "adaptive" else None
         products = Products(self.planner.perf.products)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, Length
 from synthward.engine.provenance import Target
 from synthward.engine.rules.outputs import owned
 from synthward.engine.rules.uses import DiagonalRows, Norms, Use, Weights, diagonal_use
@@ -50,12 +50,12 @@ class BilinearUse:
     def _numel(self) -> int:
         return self.left.shape[1] * self.right.shape[1] * self.output_grads.shape[1]
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         # Sums are in double precision; the products of three factors that are released are rounded twice.
         return 2
 
-    def released_chain(self, layout: Layout) -> int:
-        return layout.longest + 2
+    def released_chain(self, layout: Layout) -> Length:
+        return layout.lengths + 2
 
     @property
     def evidence(self) -> Tensor:

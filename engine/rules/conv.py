@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, Length
 from synthward.engine.provenance import Target
 from synthward.engine.rules.uses import (
     DiagonalRows,
@@ -65,18 +65,18 @@ class ConvUse:
     def evidence(self) -> Tensor:
         return self.images if self.is_transposed else self.output_grads
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         if self.is_formed:
             return self.released_chain(layout)
         widest = sum_chain(max(self.shape.channels, self.shape.outputs), compiled=True)
         return widest + self.shape.taps + self.shape.out[2]
 
-    def released_chain(self, layout: Layout) -> int:
+    def released_chain(self, layout: Layout) -> Length:
         if not is_compiled(self.images, self.output_grads):
             # Triton's: one sum over all places of the unit's images. The reference, in double, is well within it.
-            return sum_chain(self.shape.places * layout.longest, compiled=True)
+            return sum_chain(self.shape.places * layout.lengths, compiled=True)
         within = min(self.shape.places, SUM_BLOCK)
-        return within + -(-self.shape.places // SUM_BLOCK) * layout.longest
+        return within + -(-self.shape.places // SUM_BLOCK) * layout.lengths
 
     def add_norms(self, sq_norms: Tensor, row_sums: Tensor, layout: Layout, norms: Norms) -> None:
         conv_norms(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState, Kept
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, Length
 from synthward.engine.rules.bare import as_data
 from synthward.engine.rules.uses import Norms, Use, Weights
 from synthward.kernels import scatter_sq_norms, scatter_weighted_sum
@@ -42,13 +42,14 @@ class BagUse:
     def rows(self) -> int:
         return len(self.output_grads)
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         return 1
 
-    def released_chain(self, layout: Layout) -> int:
-        if self.bags.device.type != "cpu" or len(self.bags) == 0:
-            return len(self.bags)
-        return int(torch.bincount(layout.row_units.index_select(0, self.bags)).max())
+    def released_chain(self, layout: Layout) -> Length:
+        units = layout.row_units.index_select(0, self.bags)
+        return torch.zeros(layout.num_units, dtype=torch.int64, device=units.device).index_add_(
+            0, units, torch.ones_like(units)
+        )
 
     @property
     def evidence(self) -> Tensor:
@@ -101,11 +102,11 @@ class MaxBagUse:
     def rows(self) -> int:
         return len(self.output_grads)
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         return 1
 
-    def released_chain(self, layout: Layout) -> int:
-        return layout.longest
+    def released_chain(self, layout: Layout) -> Length:
+        return layout.lengths
 
     @property
     def evidence(self) -> Tensor:

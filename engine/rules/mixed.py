@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from synthward.engine.capture import positions_of
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, Length, longer
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.uses import Norms, Use, Weights
 
@@ -22,7 +22,7 @@ def add_mixed_norms(
     row_sums: Tensor,
     norms: Norms,
     chunk_bytes: int,
-) -> int:
+) -> Length:
     """Add the squared norms [U] of parameters that are reached by several kinds of uses or by computed weights.
 
     `shapes` are those of all parameters, by position. The bound on what may cancel (`row_sums`) is that of the
@@ -43,7 +43,7 @@ def add_mixed_norms(
             sq_norms[first:last] += total.view(last - first, -1).double().square().sum(1).float()
     # A product with the slopes of a computed weight sums over an axis of the parameter; parts just lie in it.
     axes = [n for t, _, _ in items if isinstance(t, Derived) for p in t.positions for n in shapes[p]]
-    return max(layout.longest for _, _, layout in items) + len(items) + max(axes, default=0)
+    return longer(*(layout.lengths for _, _, layout in items)) + len(items) + max(axes, default=0)
 
 
 def _numel(target: Target, shapes: list[torch.Size]) -> int:

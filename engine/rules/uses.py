@@ -16,7 +16,7 @@ from torch import Tensor
 
 from synthward.engine.capture import CaptureState
 from synthward.engine.clipping import SMALLEST_NORMAL
-from synthward.engine.layout import Layout
+from synthward.engine.layout import Layout, Length, longer
 from synthward.engine.provenance import Part as Part
 from synthward.kernels import (
     diagonal_sq_norms,
@@ -95,11 +95,11 @@ class Use(Protocol):
     def rows(self) -> int:
         """Rows N of the call; a multiple of the length of its first axis."""
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         """Additions in a row that a term of a norm's inner products, or of a formed gradient's sums, goes
         through at most: for the bound on its rounding."""
 
-    def released_chain(self, layout: Layout) -> int:
+    def released_chain(self, layout: Layout) -> Length:
         """Additions in a row that a term of a unit's released sum goes through at most."""
 
     @property
@@ -140,7 +140,7 @@ class OuterUse:
     def is_formed(self) -> bool:
         return self.method == "tile"
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         a, g = self.activations, self.output_grads
         if layout.is_single or _is_small(layout):
             return 1
@@ -149,8 +149,8 @@ class OuterUse:
         width = a.shape[1] + int(self.with_bias)
         return sum_chain(max(width, g.shape[1]), compiled=is_compiled(a, g))
 
-    def released_chain(self, layout: Layout) -> int:
-        return sum_chain(layout.longest, compiled=is_compiled(self.activations, self.output_grads))
+    def released_chain(self, layout: Layout) -> Length:
+        return sum_chain(layout.lengths, compiled=is_compiled(self.activations, self.output_grads))
 
     @property
     def evidence(self) -> Tensor:
@@ -238,11 +238,11 @@ class BlockOuterUse:
     def rows(self) -> int:
         return self.activations.shape[1]
 
-    def chain(self, layout: Layout) -> int:
-        return max(block.chain(layout) for block in self._blocks()) + len(self.activations)
+    def chain(self, layout: Layout) -> Length:
+        return longer(*(block.chain(layout) for block in self._blocks())) + len(self.activations)
 
-    def released_chain(self, layout: Layout) -> int:
-        return max(block.released_chain(layout) for block in self._blocks())
+    def released_chain(self, layout: Layout) -> Length:
+        return longer(*(block.released_chain(layout) for block in self._blocks()))
 
     @property
     def evidence(self) -> Tensor:
@@ -279,10 +279,10 @@ class DiagonalUse:
     def rows(self) -> int:
         return len(self.unit_rows)
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         return 1
 
-    def released_chain(self, layout: Layout) -> int:
+    def released_chain(self, layout: Layout) -> Length:
         return 1
 
     @property
@@ -323,11 +323,11 @@ class BiasOfOuter:
     def rows(self) -> int:
         return len(self.output_grads)
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         return 1
 
-    def released_chain(self, layout: Layout) -> int:
-        return layout.longest
+    def released_chain(self, layout: Layout) -> Length:
+        return layout.lengths
 
     @property
     def evidence(self) -> Tensor:
@@ -381,11 +381,11 @@ class ScatterUse:
     def rows(self) -> int:
         return len(self.ids)
 
-    def chain(self, layout: Layout) -> int:
+    def chain(self, layout: Layout) -> Length:
         return 1
 
-    def released_chain(self, layout: Layout) -> int:
-        return layout.longest
+    def released_chain(self, layout: Layout) -> Length:
+        return layout.lengths
 
     @property
     def evidence(self) -> Tensor:

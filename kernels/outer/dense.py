@@ -6,7 +6,7 @@ anything else takes the same way in torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,8 +22,14 @@ Method = Literal["gram", "tile"]
 SUM_BLOCK = 128
 
 
-def sum_chain(length: int, *, compiled: bool) -> int:
+@overload
+def sum_chain(length: int, *, compiled: bool) -> int: ...
+@overload
+def sum_chain(length: int | Tensor, *, compiled: bool) -> int | Tensor: ...
+def sum_chain(length: int | Tensor, *, compiled: bool) -> int | Tensor:
     """Most additions that one term of an inner product of `length` terms goes through, one way or another."""
+    if isinstance(length, Tensor):
+        return length.clamp(max=SUM_BLOCK) + (length + SUM_BLOCK - 1) // SUM_BLOCK if compiled else length
     return min(length, SUM_BLOCK) + -(-length // SUM_BLOCK) if compiled else length
 
 

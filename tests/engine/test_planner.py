@@ -26,7 +26,7 @@ def outer(units: int, rows: int, d: int, p: int) -> tuple[OuterUse, Layout]:
 
 
 def planned(use, layout, perf: PerfSpec | None = None, kept: int = 1 << 30) -> tuple[str, object]:
-    planner = Planner(perf or PerfSpec(), ["w"], 10)
+    planner = Planner(perf or PerfSpec(), ["w"])
     planner.begin(kept)
     found, _ = planner.prepare(use, layout, 0)
     return planner.explain()[0].method, found
@@ -53,7 +53,7 @@ def test_what_is_materialised_stays_within_the_budget(even):
     use, layout = outer(8, 100, 256, 16)
     method, found = planned(use, layout, PerfSpec(method="materialise", materialise_bytes=1 << 20))
     assert method == "materialise" and isinstance(found, DiagonalUse)
-    planner = Planner(PerfSpec(materialise_bytes=100_000), ["a", "b"], 10)
+    planner = Planner(PerfSpec(materialise_bytes=100_000), ["a", "b"])
     planner.begin(0)
     ways = {way.method: way for way in use.ways(layout)}
     assert planner._choose([ways["materialise"], ways["tile"]], torch.device("cpu")).method == "materialise"

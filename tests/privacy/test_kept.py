@@ -152,3 +152,33 @@ def test_rows_that_cancel_between_two_uses_of_a_bare_parameter():
         return (a - b).sum(1) * 1.3
 
     assert contribution(Twice(), losses, bound=0.7) <= 0.7 * (1.0 + 1e-6)
+
+
+class Rows(nn.Module):
+    """x [rows, 2]: an id, and a factor on the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.wide, self.head = nn.Embedding(5, 40), nn.Linear(40, 60), nn.Linear(60, 1)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.wide(torch.tanh(self.table(x[..., 0].long()))))
+        return 5.0 * self.head(hidden) * x[..., 1:]
+
+
+@pytest.mark.parametrize("rows", [2, 40, 700])
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_unit_of_many_rows_does_not_move_the_factors_of_the_others(each, rows):
+    """The bound on a unit's rounding, and the way its norm is taken, follow from its own rows."""
+    torch.manual_seed(0)
+    net = Rows()
+    units = 300
+    x = torch.randn(units * each, 2, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = torch.arange(len(x)) % 5
+    extra = torch.tensor([[3.0, -1.0]]).expand(rows, -1)
+    found = []
+    for batch, counts in ((x, [each] * units), (torch.cat([x, extra]), [each] * units + [rows])):
+        trainer = make_trainer(copy.deepcopy(net), max_grad_norm=0.1)
+        accumulate(trainer, trainer._step.module, batch, counts)
+        found.append(trainer._step.flat.summed_grad.double())
+    assert float((found[1] - found[0]).norm()) <= 0.1 * (1.0 + 1e-4)
