@@ -93,7 +93,7 @@ def test_fp32(layer, layout):
     cancel. The factors are those of the norms with the bound on their rounding added, and of nothing else."""
     excess = [0.0]
 
-    @settings(max_examples=3, deadline=None)
+    @settings(max_examples=3, deadline=None, derandomize=True)
     @given(data=st.data())
     def check(data):
         net, x, counts, options = draw_network(data.draw, layer, layout)
@@ -119,7 +119,7 @@ def test_bf16(layer, layout):
     """To 1e-2 of the float64 loop. Where activations rounded to bf16 do not allow that (gradients that cancel), to
     twice the error of plain autograd under the same autocast, one unit at a time."""
 
-    @settings(max_examples=2, deadline=None)
+    @settings(max_examples=2, deadline=None, derandomize=True)
     @given(data=st.data())
     def check(data):
         net, x, counts, options = draw_network(data.draw, layer, layout)
@@ -141,7 +141,7 @@ def test_no_unit_exceeds_its_bound(layer, autocast):
     """One unit alone (the others are masked): what it adds stays within the bound of each group, and its norm within
     the one that the factor rests on, in the float64 norm of the very gradient that was summed."""
 
-    @settings(max_examples=2, deadline=None)
+    @settings(max_examples=2, deadline=None, derandomize=True)
     @given(data=st.data())
     def check(data):
         net, x, counts, options = draw_network(
