@@ -139,3 +139,18 @@ def test_settings_that_are_none():
     for settings in ({"method": "fast"}, {"keep": "half"}, {"materialise_bytes": -1}, {"products": "mine"}):
         with pytest.raises(ConfigError):
             PerfSpec(**settings)
+
+
+@pytest.mark.parametrize(("rows", "d", "p"), [(1, 30, 20), (32, 512, 512), (2048, 64, 64), (128, 384, 1536)])
+def test_the_choice_does_not_depend_on_how_many_units_there_are(even, rows, d, p):
+    """Nor on the parameters' number: the number of units is private, and each way inflates by its own bound."""
+    chosen = {planned(*outer(units, rows, d, p), kept=units * rows * 4 * (d + p))[0] for units in (1, 3, 64)}
+    assert len(chosen) == 1
+
+
+def test_units_of_unequal_lengths_are_measured_in_one_way(even):
+    for lengths in ([1, 2], [40, 3, 0], [2000, 1]):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        use = OuterUse(torch.randn(sum(lengths), 6), torch.randn(sum(lengths), 5))
+        assert planned(use, Layout.ragged(offsets))[0] == "tile"
+        assert planned(use, Layout.ragged(offsets), PerfSpec(method="gram"))[0] == "gram"
