@@ -398,7 +398,7 @@ class CaptureMode(TorchFunctionMode):
                     "complex numbers have no per-unit gradient rule; compute with their real and imaginary parts",
                 )
             out = handler(state, *args, **kwargs)
-            if isinstance(out, Tensor):
+            if isinstance(out, Tensor) and not state._is_recomputing:
                 state.forward_bytes += out.nbytes
             return out
         out = func(*args, **kwargs)
