@@ -2,8 +2,9 @@
 // block larger than the one that was asked for by the alignment, so that one of exactly that size, which is what a
 // training step freed a moment ago, never fits. Torch takes all of its memory that way, and a step that keeps some
 // blocks while it frees others between them (activations and output gradients, until the clip factors are known)
-// then holds a third more memory than it uses. So torch's core library is made to ask malloc for large blocks: they
-// are aligned to 16 bytes, as those that torch takes from NumPy, and are freed as before.
+// then holds a third more memory than it uses. So the library that takes its memory (torch's core, named by the caller)
+// is made to ask malloc for large blocks: they are aligned to 16 bytes, as those that torch takes from NumPy, and are
+// freed as before.
 #include "allocation.h"
 
 #include <cstdlib>  // says which C library this is
@@ -52,6 +53,7 @@ bool is_needed() {
 }
 
 struct Library {
+  const char* name = nullptr;
   uintptr_t base = 0;
   const ElfW(Dyn)* entries = nullptr;
   uintptr_t read_only = 0, read_only_end = 0;
@@ -99,8 +101,8 @@ bool redirect(const Library& library, const ElfW(Rela) * entries, size_t bytes) 
 
 int visit(dl_phdr_info* info, size_t, void* result) {
   const char* const file = std::strrchr(info->dlpi_name, '/');
-  if (std::strcmp(file ? file + 1 : info->dlpi_name, "libc10.so") != 0) return 0;
   auto& library = *static_cast<Library*>(result);
+  if (std::strcmp(file ? file + 1 : info->dlpi_name, library.name) != 0) return 0;
   library.base = info->dlpi_addr;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& part = info->dlpi_phdr[i];
@@ -119,9 +121,10 @@ int visit(dl_phdr_info* info, size_t, void* result) {
 
 }  // namespace
 
-bool reuse_freed_blocks() {
+bool reuse_freed_blocks(const char* name) {
   if (!is_needed()) return false;
   Library library;
+  library.name = name;
   dl_iterate_phdr(&visit, &library);
   return library.is_done;
 }
@@ -131,7 +134,7 @@ bool reuse_freed_blocks() {
 #else
 
 namespace synthward {
-bool reuse_freed_blocks() { return false; }
+bool reuse_freed_blocks(const char*) { return false; }
 }  // namespace synthward
 
 #endif

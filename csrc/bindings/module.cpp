@@ -342,7 +342,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         arg("grad_scale"), arg("lr"), arg("momentum"), arg("dampening"), arg("nesterov"), arg("weight_decay"),
         arg("first_step"), arg("threads"));
   m.attr("LONGEST_GRAM") = kLongestGram;
-  m.def("reuse_freed_blocks", &reuse_freed_blocks);
+  m.def("reuse_freed_blocks", &reuse_freed_blocks, arg("library"));
   m.def("cpu_isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("force_isa", &force_isa, arg("name"));
