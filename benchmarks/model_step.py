@@ -2,15 +2,16 @@
 
     python -m benchmarks.model_step [--models gan,mlp] [--variants ...] [--seconds 20]
 
-Each variant runs in a process of its own, as a user would run it; the processes take turns, one step each a round,
-so that a machine whose speed drifts slows all of them. The ratio is the median over rounds of variant / plain in the
-same round. Peak memory is that of the process over what it held before the network was built.
+Each variant runs in a process of its own, as a user would run it; the processes take turns, one step each a round in an
+order of its own, so that a machine whose speed drifts slows all of them. The ratio is the median over rounds of variant /
+plain in the same round. Peak memory is that of the process over what it held before the network was built.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -65,10 +66,11 @@ def measure(model: str, variants: list[str], seconds: float, rounds: int) -> dic
         except RuntimeError as error:
             failed[variant] = {"failed": str(error)}
     times: dict[str, list[float]] = {variant: [] for variant in workers}
-    begun = time.monotonic()
+    order, begun = random.Random(0), time.monotonic()
     while len(times[PLAIN]) < rounds or time.monotonic() - begun < seconds:
-        for variant, worker in workers.items():
-            times[variant].append(worker.step())
+        # In another order each time: a step that follows one of gigabytes finds its memory gone.
+        for variant in order.sample([*workers], len(workers)):
+            times[variant].append(workers[variant].step())
     peaks = {variant: worker.end() for variant, worker in workers.items()}
     found: dict[str, Any] = dict(failed)
     for variant, taken in times.items():
