@@ -3,8 +3,8 @@
     python -m benchmarks.model_step [--models gan,mlp] [--variants ...] [--seconds 20]
 
 Each variant runs in a process of its own, as a user would run it; the processes take turns, one step each a round in an
-order of its own, so that a machine whose speed drifts slows all of them. The ratio is the median over rounds of variant /
-plain in the same round. Peak memory is that of the process over what it held before the network was built.
+order of its own, so that a machine whose speed drifts slows all of them. The ratio is the median over rounds of
+variant / plain in the same round. Peak memory is that of the process over what it held before the network was built.
 """
 
 from __future__ import annotations
