@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,10 @@ from synthward.engine.accounting.events import (
     Event,
     GaussianEvent,
     PoissonGaussianEvent,
+    SelectionEvent,
+    StepsEvent,
     check_delta,
+    is_event,
 )
 from synthward.engine.errors import ConfigError
 
@@ -53,7 +57,7 @@ class Accountant:
 
     def compose(self, event: Event) -> None:
         """Add an event; like events in a row are merged."""
-        if not isinstance(event, PoissonGaussianEvent | GaussianEvent):
+        if not is_event(event):
             raise TypeError(f"event: got {type(event).__name__}, expected a privacy event")
         self._events = merge_events([*self._events, event])
 
@@ -68,6 +72,9 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: str = "pld") -
     if accountant not in ACCOUNTANTS:
         raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
     merged = merge_events(events)
+    for event in merged:
+        if not isinstance(event, PoissonGaussianEvent | GaussianEvent):
+            raise ConfigError(f"accountant: can not answer for {event.kind!r} events")
     if any(event.noise_multiplier == 0.0 for event in merged):
         return math.inf
     if not merged:
@@ -105,18 +112,36 @@ def epsilon_curve(
 
 
 def merge_events(events: Iterable[Event]) -> list[Event]:
-    """Equal mechanisms together, empty ones gone: composition does not depend on order."""
-    steps: dict[tuple[float, float], int] = {}
-    counts: dict[float, int] = {}
-    for event in events:
-        if isinstance(event, PoissonGaussianEvent):
-            key = (event.sample_rate, event.noise_multiplier)
-            steps[key] = steps.get(key, 0) + event.steps
+    """Equal mechanisms together, empty ones gone, queries first: composition does not depend on order.
+
+    Events that are one mechanism each stay apart: their cost is not a sum over steps.
+    """
+    merged: dict[object, Event] = {}
+    for at, event in enumerate(events):
+        key, times = _without_times(event)
+        if times == 0:
+            continue
+        kept = merged.get(key if key is not None else at)
+        if key is None or kept is None:
+            merged[at if key is None else key] = event
         else:
-            counts[event.noise_multiplier] = counts.get(event.noise_multiplier, 0) + event.count
-    merged: list[Event] = [GaussianEvent(noise, count) for noise, count in counts.items() if count]
-    merged += [PoissonGaussianEvent(rate, noise, n) for (rate, noise), n in steps.items() if n]
-    return merged
+            merged[key] = _with_times(event, times + _without_times(kept)[1])
+    return sorted(merged.values(), key=lambda event: isinstance(event, StepsEvent))
+
+
+def _without_times(event: Event) -> tuple[Event | None, int]:
+    """What a mechanism is, apart from how often it runs, and how often; None for one that adds up to no other."""
+    if isinstance(event, SelectionEvent):
+        return None, 1
+    if isinstance(event, StepsEvent):
+        return None if event.is_one_mechanism else event.with_steps(0), event.steps
+    return replace(event, count=0), event.count
+
+
+def _with_times(event: Event, times: int) -> Event:
+    if isinstance(event, SelectionEvent):
+        return event
+    return event.with_steps(times) if isinstance(event, StepsEvent) else replace(event, count=times)
 
 
 @lru_cache(maxsize=8)
