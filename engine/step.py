@@ -20,6 +20,7 @@ from synthward.engine.memory import keep_freed_memory
 from synthward.engine.optim import Noise, make_updater
 from synthward.engine.planner import Planner
 from synthward.engine.products import Products
+from synthward.engine.replay import tap
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
 from synthward.kernels import gaussian_noise
@@ -72,6 +73,7 @@ class DPStep:
         self.has_sum = False
         self._grad_scale = 1.0 / expected_batch_size
         self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
+        self._is_private = keys.is_private
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -126,9 +128,12 @@ class DPStep:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
         """
         self.check_coverage()
-        std = self.noise.noise_std(self.clip)
+        std, bound = self.noise.noise_std(self.clip), self.clip.sensitivity()
         if self.quantile is not None:
-            std = self.quantile.noise_multiplier * self.quantile.bound
+            bound = self.quantile.bound
+            std = self.quantile.noise_multiplier * bound
+            self.quantile.tap(is_private=self._is_private)
+        tap("step", self.flat.summed_grad, sensitivity=bound, is_private=self._is_private, noise_std=std)
         noise = Noise(self._key, self._stream, self._noise_step, std)
         # Never given out again, even if what follows fails half way.
         self._noise_step += 1
@@ -189,6 +194,11 @@ class Quantile:
         below = (norms <= self.bound).float() - 0.5
         found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
         self._total = found if self._total is None else self._total + found
+
+    def tap(self, *, is_private: bool) -> None:
+        """Show the count to a recording (`synthward.engine.replay`); it is released with the sum, after this."""
+        total = torch.zeros((), dtype=torch.float64) if self._total is None else self._total
+        self._total = tap("count of a step", total, sensitivity=0.5, is_private=is_private)
 
     def release(self, gaussian: float) -> None:
         """Move the bound by the noisy share; `gaussian` is one standard draw."""
