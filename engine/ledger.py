@@ -8,12 +8,10 @@ Reading a ledger runs no code: the kinds of lines and of events are closed sets.
 
 from __future__ import annotations
 
-import datetime
-import fcntl
 import hashlib
 import json
-import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,15 +19,14 @@ from typing import Any
 from synthward.engine.accounting import Event, PoissonGaussianEvent, epsilon_of, event_from_dict
 from synthward.engine.accounting.accountant import ACCOUNTANTS, merge_events
 from synthward.engine.accounting.events import check_delta, check_epsilon
+from synthward.engine.chain import Chain, Format, Line, is_count
 from synthward.engine.errors import BudgetExceededError, ConfigError, LedgerError
 
-_DOMAIN = b"synthward/ledger/v1\n"
-_START = "0" * 64
 _VERSION = 1
 # Calibration meets a target to a few parts in 1e5; this covers only the rounding of a sum.
 _SLACK = 1e-9
-_FIELDS: dict[str, set[str]] = {
-    "header": {
+_HEADER = frozenset(
+    {
         "version",
         "run_id",
         "unit",
@@ -39,16 +36,22 @@ _FIELDS: dict[str, set[str]] = {
         "key_id",
         "private",
         "target_epsilon",
+    }
+)
+_FORMAT = Format(
+    noun="ledger",
+    domain=b"synthward/ledger/v1\n",
+    fields={
+        "header": _HEADER,
+        "event": frozenset({"event", "note"}),
+        "lease": frozenset({"event", "first_step", "steps"}),
+        "lease_close": frozenset({"used"}),
+        "key": frozenset({"key_id", "private"}),
+        "recovered": frozenset({"bytes", "digest", "event"}),
     },
-    "event": {"event", "note"},
-    "lease": {"event", "first_step", "steps"},
-    "lease_close": {"used"},
-    "key": {"key_id", "private"},
-    "recovered": {"bytes", "digest", "event"},
-}
-# Fields that a kind may have: which of several networks trained under one ledger a lease is of.
-_OPTIONAL: dict[str, set[str]] = {"lease": {"part"}, "lease_close": {"part"}}
-_COMMON = {"seq", "prev", "time", "kind", "hash"}
+    # Which of several networks trained under one ledger a lease is of.
+    optional={"lease": frozenset({"part"}), "lease_close": frozenset({"part"})},
+)
 
 
 class Ledger:
@@ -59,15 +62,12 @@ class Ledger:
     nothing.
     """
 
-    def __init__(self, path: Path, descriptor: int, lines: list[dict[str, Any]]) -> None:
-        self.path = path
-        self._descriptor: int | None = descriptor
-        self._lines = lines
+    def __init__(self, chain: Chain) -> None:
+        self.path, self._chain, self._lines = chain.path, chain, chain.lines
         # Open leases of this process: steps taken of each part's.
         self._taken: dict[str, int] = {}
         self._parts = 0
         self._torn: Event | None = None
-        self._pid = os.getpid()
 
     @classmethod
     def create(
@@ -88,18 +88,10 @@ class Ledger:
             check_epsilon(target_epsilon)
         if accountant not in ACCOUNTANTS:
             raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-        path = Path(path)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            raise LedgerError(f"{path}: a ledger exists here already; its spend can not be reset") from None
-        except OSError as error:
-            raise LedgerError(f"{path}: can not be written ({error.strerror}); nothing was spent") from None
-        ledger = cls(path, descriptor, [])
-        try:
-            ledger._lock()
-            ledger._append(
-                "header",
+        return cls(
+            Chain.create(
+                path,
+                _FORMAT,
                 version=_VERSION,
                 run_id=run_id,
                 unit=unit,
@@ -110,29 +102,15 @@ class Ledger:
                 private=private,
                 target_epsilon=target_epsilon,
             )
-            _sync_folder(path)
-        except BaseException:
-            # Nothing was charged yet: half a ledger would only bar the next attempt.
-            path.unlink(missing_ok=True)
-            ledger.close()
-            raise
-        return ledger
+        )
 
     @classmethod
     def open(cls, path: Path | str, *, expected_head: str | None = None, readonly: bool = False) -> Ledger:
         """Open and verify a ledger; `LedgerError` when a link is broken or ``expected_head`` is not in it."""
-        path = Path(path)
+        chain = Chain.open(path, _FORMAT, _check_line, readonly=readonly, expected_head=expected_head)
+        ledger = cls(chain)
         try:
-            descriptor = os.open(path, os.O_RDONLY if readonly else os.O_RDWR | os.O_APPEND)
-        except FileNotFoundError:
-            raise LedgerError(f"{path}: no ledger here") from None
-        except OSError as error:
-            raise LedgerError(f"{path}: can not be opened ({error.strerror})") from None
-        ledger = cls(path, descriptor, [])
-        try:
-            if not readonly:
-                ledger._lock()
-            ledger._load(expected_head)
+            ledger._recover()
         except BaseException:
             ledger.close()
             raise
@@ -141,12 +119,12 @@ class Ledger:
     @property
     def header(self) -> dict[str, Any]:
         """The first line: run, unit, relation, delta, accountant, key id, private or not, target."""
-        return {k: self._lines[0][k] for k in _FIELDS["header"]}
+        return {k: self._lines[0][k] for k in _HEADER}
 
     @property
     def head(self) -> str:
         """Hash of the last line, hex."""
-        return str(self._lines[-1]["hash"])
+        return self._chain.head
 
     @property
     def lines(self) -> tuple[dict[str, Any], ...]:
@@ -161,7 +139,7 @@ class Ledger:
     def append_event(self, event: Event, *, note: str) -> None:
         """Charge one event; returns when it is on the disk."""
         self._check_budget([event])
-        self._append("event", event=event.to_dict(), note=note)
+        self._chain.append("event", event=event.to_dict(), note=note)
 
     def add_key(self, key_id: str, *, private: bool = True) -> None:
         """Note the fresh key of a resumed run; a key that was used before is refused."""
@@ -170,7 +148,7 @@ class Ledger:
         used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
         if key_id in used and private:
             raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
-        self._append("key", key_id=key_id, private=private)
+        self._chain.append("key", key_id=key_id, private=private)
 
     def new_part(self) -> str:
         """A name for the leases of one more network; the first is the empty one. Each leases by itself, and all are
@@ -189,18 +167,18 @@ class Ledger:
         whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
         self._check_budget([whole])
         named = {"part": part} if part else {}
-        self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps, **named)
+        self._chain.append("lease", event=event.to_dict(), first_step=first_step, steps=steps, **named)
         self._taken[part] = 0
 
     def close_lease(self, used_steps: int, *, part: str = "") -> None:
         """Give back what a lease of this process did not use; steps that `covers` let pass stay charged."""
-        lease = self._open_lease(part)
+        lease = _open_lease(self._lines, part)
         if lease is None or part not in self._taken:
             raise LedgerError(f"{self.path}: this process has no open lease")
-        if not (_is_count(used_steps) and used_steps <= lease["steps"]):
+        if not (is_count(used_steps) and used_steps <= lease["steps"]):
             raise ValueError(f"used_steps: got {used_steps}, the lease holds {lease['steps']}")
         named = {"part": part} if part else {}
-        self._append("lease_close", used=max(used_steps, self._taken[part]), **named)
+        self._chain.append("lease_close", used=max(used_steps, self._taken[part]), **named)
         del self._taken[part]
 
     def covers(self, step: int, event: PoissonGaussianEvent, *, part: str = "") -> bool:
@@ -209,8 +187,8 @@ class Ledger:
         A lease pays for each step once: True counts the step, and those before it, as taken, so that going
         back to a checkpoint and taking a step again needs a lease of its own.
         """
-        lease = self._open_lease(part)
-        if lease is None or part not in self._taken or self._descriptor is None or self._pid != os.getpid():
+        lease = _open_lease(self._lines, part)
+        if lease is None or part not in self._taken or not self._chain.is_open:
             return False
         at = step - lease["first_step"]
         if not self._taken[part] <= at < lease["steps"] or event_from_dict(lease["event"]) != event:
@@ -244,9 +222,7 @@ class Ledger:
 
     def close(self) -> None:
         """Release the file; a lease that is open stays charged whole."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._chain.close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -255,23 +231,6 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        assert self._descriptor is not None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise LedgerError(f"{self.path}: another process is writing this ledger") from None
-
-    def _open_lease(self, part: str) -> dict[str, Any] | None:
-        # A key or a torn line is the mark of another process: only the process that leases may close.
-        def ends(line: dict[str, Any]) -> bool:
-            is_own = line["kind"] in ("lease", "lease_close") and line.get("part", "") == part
-            return is_own or line["kind"] in ("key", "recovered")
-
-        last = next((line for line in reversed(self._lines) if ends(line)), None)
-        return last if last is not None and last["kind"] == "lease" else None
 
     def _check_budget(self, more: list[Event]) -> None:
         header = self._lines[0]
@@ -285,121 +244,53 @@ class Ledger:
                 f"{header['delta']:g}; training stops here"
             )
 
-    def _append(self, kind: str, **fields: Any) -> None:
-        if self._descriptor is None:
-            raise LedgerError(f"{self.path}: the ledger is closed")
-        if self._pid != os.getpid():
-            raise LedgerError(f"{self.path}: belongs to the process that opened it, not to a fork of it")
-        line: dict[str, Any] = {
-            "seq": len(self._lines),
-            "prev": self._lines[-1]["hash"] if self._lines else _START,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "kind": kind,
-            **fields,
-        }
-        line["hash"] = _digest(line)
-        data = _canonical(line) + b"\n"
-        end = os.lseek(self._descriptor, 0, os.SEEK_END)
-        try:
-            written = os.write(self._descriptor, data)
-            if written != len(data):
-                raise OSError(28, "No space left on device")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            # Nothing that this line covers will happen: take back the part that was written.
-            os.ftruncate(self._descriptor, end)
-            raise LedgerError(
-                f"{self.path}: can not be written ({error.strerror}); nothing was spent"
-            ) from None
-        self._lines.append(line)
-
-    def _load(self, expected_head: str | None) -> None:
-        assert self._descriptor is not None
-        data = self.path.read_bytes()
-        whole, _, torn = data.rpartition(b"\n")
-        if not whole:
-            raise LedgerError(f"{self.path}: is not a ledger")
-        for number, text in enumerate(whole.split(b"\n"), start=1):
-            self._lines.append(self._verify(number, text))
-        if expected_head is not None and all(line["hash"] != expected_head for line in self._lines):
-            raise LedgerError(f"{self.path}: does not hold the expected head; lines were cut off or replaced")
-        if torn:
-            self._recover(torn, len(whole) + 1)
-
-    def _recover(self, torn: bytes, end: int) -> None:
+    def _recover(self) -> None:
         """Charge the last line, which lost its end; on disk where this process may write."""
-        assert self._descriptor is not None
+        torn = self._chain.torn
+        if not torn:
+            return
         leased = [line["steps"] for line in self._lines if line["kind"] == "lease"]
         event = _charge_of_torn(torn, max(leased, default=1))
-        if not self._is_writable():
+        if not self._chain.is_writable:
             self._torn = event
             return
-        os.ftruncate(self._descriptor, end)
-        self._append(
+        self._chain.replace_torn(
             "recovered",
             bytes=len(torn),
             digest=hashlib.sha256(torn).hexdigest(),
             event=None if event is None else event.to_dict(),
         )
 
-    def _is_writable(self) -> bool:
-        assert self._descriptor is not None
-        return fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
-    def _verify(self, number: int, text: bytes) -> dict[str, Any]:
-        """One line, checked against the line before; any doubt is a `LedgerError` that names the line."""
-        try:
-            line = json.loads(text)
-            kind = line["kind"]
-            fields = set(line) - (_OPTIONAL.get(kind, set()) & set(line))
-            if fields != _COMMON | _FIELDS[kind] or _canonical(line) != text:
-                raise ValueError("has unknown or missing fields")
-            prev = self._lines[-1]["hash"] if self._lines else _START
-            if line["seq"] != len(self._lines) or line["prev"] != prev:
-                raise ValueError("does not follow the line before")
-            if line["hash"] != _digest({k: v for k, v in line.items() if k != "hash"}):
-                raise ValueError("was changed after it was written")
-            if (kind == "header") != (not self._lines):
-                raise ValueError("is out of place")
-            self._verify_fields(line)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError) as error:
-            raise LedgerError(f"{self.path}: line {number} {error}; the ledger can not be trusted") from None
-        return dict(line)
+def _open_lease(lines: Sequence[Line], part: str) -> Line | None:
+    # A key or a torn line is the mark of another process: only the process that leases may close.
+    def ends(line: Line) -> bool:
+        is_own = line["kind"] in ("lease", "lease_close") and line.get("part", "") == part
+        return is_own or line["kind"] in ("key", "recovered")
 
-    def _verify_fields(self, line: dict[str, Any]) -> None:
-        kind = line["kind"]
-        if kind == "header":
-            check_delta(line["delta"])
-            if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
-                raise ValueError("is of another version")
-        if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
-            event_from_dict(line["event"])
-        if kind == "lease":
-            if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
-                raise ValueError("leases something else than single steps")
-            if not (_is_count(line["steps"]) and line["steps"] >= 1 and _is_count(line["first_step"])):
-                raise ValueError("leases no steps")
-        if "part" in line and not (isinstance(line["part"], str) and line["part"]):
-            raise ValueError("names no part")
-        if kind == "lease_close":
-            lease = self._open_lease(line.get("part", ""))
-            if lease is None or not (_is_count(line["used"]) and line["used"] <= lease["steps"]):
-                raise ValueError("closes no lease")
+    last = next((line for line in reversed(lines) if ends(line)), None)
+    return last if last is not None and last["kind"] == "lease" else None
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
-    """Sorted keys, no blanks, shortest round-trip floats."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
-def _digest(line: dict[str, Any]) -> str:
-    return hashlib.sha256(_DOMAIN + _canonical(line)).hexdigest()
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _check_line(before: Sequence[Line], line: Line) -> None:
+    kind = line["kind"]
+    if kind == "header":
+        check_delta(line["delta"])
+        if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
+            raise ValueError("is of another version")
+    if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
+        event_from_dict(line["event"])
+    if kind == "lease":
+        if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
+            raise ValueError("leases something else than single steps")
+        if not (is_count(line["steps"]) and line["steps"] >= 1 and is_count(line["first_step"])):
+            raise ValueError("leases no steps")
+    if "part" in line and not (isinstance(line["part"], str) and line["part"]):
+        raise ValueError("names no part")
+    if kind == "lease_close":
+        lease = _open_lease(before, line.get("part", ""))
+        if lease is None or not (is_count(line["used"]) and line["used"] <= lease["steps"]):
+            raise ValueError("closes no lease")
 
 
 def _steps_of(event: dict[str, Any], steps: int) -> PoissonGaussianEvent:
@@ -426,11 +317,3 @@ def _charge_of_torn(torn: bytes, longest_lease: int) -> Event | None:
         return event
     steps = re.search(r'"steps":([0-9]{1,12}),', text[end:])
     return _steps_of(data, int(steps.group(1)) if steps else longest_lease)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
