@@ -203,7 +203,7 @@ def _column(strategy: Strategy, n: int) -> Column:
             powers[:, 0] = strategy.coefficients
             column[1:] = np.multiply.accumulate(powers, axis=1).sum(axis=0)
     else:
-        column = _reciprocal(strategy.coefficients, n)
+        column = reciprocal(np.array(strategy.coefficients), n)
     column.flags.writeable = False
     return column
 
@@ -211,11 +211,11 @@ def _column(strategy: Strategy, n: int) -> Column:
 @lru_cache(maxsize=16)
 def _inverse_column(strategy: Strategy, n: int) -> Column:
     if strategy.kind == "banded":
-        column = _reciprocal(strategy.coefficients, n)
+        column = reciprocal(np.array(strategy.coefficients), n)
     elif strategy.kind == "banded_inverse":
         column = _padded(strategy.coefficients, n)
     else:
-        column = _blt_reciprocal(np.array(strategy.coefficients), np.array(strategy.decays), n)
+        column = blt_reciprocal(np.array(strategy.coefficients), np.array(strategy.decays), n)
     column.flags.writeable = False
     return column
 
@@ -226,18 +226,21 @@ def _padded(coefficients: tuple[float, ...], n: int) -> Column:
     return column
 
 
-def _reciprocal(coefficients: tuple[float, ...], n: int) -> Column:
-    """The first ``n`` coefficients of 1 / (sum_i coefficients[i] x^i), by their recurrence."""
+def reciprocal(coefficients: Column, n: int) -> Column:
+    """The first ``n`` coefficients of the power series 1 / (sum_i coefficients[i] x^i), by their recurrence."""
     # scipy.signal takes long to import, and most runs have no correlated noise.
     from scipy.signal import lfilter
 
     impulse = np.zeros(max(n, 1))
     impulse[0] = 1.0
-    return cast(Column, lfilter([1.0], np.array(coefficients), impulse)[:n])
+    return cast(Column, lfilter([1.0], coefficients, impulse)[:n])
 
 
-def _blt_reciprocal(scales: Column, decays: Column, n: int) -> Column:
-    """d_0 = 1 and d_i = -scales . M^(i-1) 1 with M = diag(decays) - 1 scales', the recursion of the buffers."""
+def blt_reciprocal(scales: Column, decays: Column, n: int) -> Column:
+    """The first ``n`` entries of the inverse of a blt strategy's column.
+
+    d_0 = 1 and d_i = -scales . M^(i-1) 1 with M = diag(decays) - 1 scales', the recursion of the buffers.
+    """
     column = np.ones(n)
     power = np.diag(decays) - np.outer(np.ones(len(decays)), scales)
     states = np.ones((len(decays), 1))
