@@ -1,30 +1,49 @@
 """The ledger of a run: what was spent on the records, written and flushed before it is spent.
 
-Append-only canonical JSON lines, each holding the SHA-256 of the line before. Training buys steps in leases:
-one line covers many steps, and a lease that its process did not close is charged whole. A last line that was
-torn is charged too, as far as it can be read, in a `recovered` line: it may have been flushed and cut later.
+Append-only canonical JSON lines, each holding the SHA-256 of the line before (`synthward.engine.chain`). Training buys
+steps in leases: one line covers many steps, and a lease that its process did not close is charged whole. A last line
+that was torn is charged too, as far as it can be read, in a `recovered` line: it may have been flushed and cut later.
 Reading a ledger runs no code: the kinds of lines and of events are closed sets.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from synthward.engine.accounting import Event, PoissonGaussianEvent, epsilon_of, event_from_dict
-from synthward.engine.accounting.accountant import ACCOUNTANTS, merge_events
-from synthward.engine.accounting.events import check_delta, check_epsilon
+from synthward.engine.accounting import (
+    Event,
+    GaussianEvent,
+    PoissonGaussianEvent,
+    StepsEvent,
+    epsilon_of,
+    event_from_dict,
+)
+from synthward.engine.accounting.accountant import check_accountant
+from synthward.engine.accounting.events import (
+    ADD_OR_REMOVE_ONE,
+    SelectionEvent,
+    check_delta,
+    check_epsilon,
+    check_relation,
+)
 from synthward.engine.chain import Chain, Format, Line, is_count
-from synthward.engine.errors import BudgetExceededError, ConfigError, LedgerError
+from synthward.engine.charges import charge_of_torn, charges, check_goes_on, open_lease
+from synthward.engine.errors import (
+    BudgetExceededError,
+    LedgerError,
+    UnsupportedOperationError,
+)
 
 _VERSION = 1
 # Calibration meets a target to a few parts in 1e5; this covers only the rounding of a sum.
 _SLACK = 1e-9
+# More steps than any run takes; a number that arithmetic on floats still holds exactly.
+_MOST_STEPS = 10**12
 _HEADER = frozenset(
     {
         "version",
@@ -49,8 +68,8 @@ _FORMAT = Format(
         "key": frozenset({"key_id", "private"}),
         "recovered": frozenset({"bytes", "digest", "event"}),
     },
-    # Which of several networks trained under one ledger a lease is of.
-    optional={"lease": frozenset({"part"}), "lease_close": frozenset({"part"})},
+    # `part`: which of several networks trained under one ledger a line is of; a key without one is the whole run's.
+    optional={part: frozenset({"part"}) for part in ("lease", "lease_close", "key")},
 )
 
 
@@ -68,6 +87,9 @@ class Ledger:
         self._taken: dict[str, int] = {}
         self._parts = 0
         self._torn: Event | None = None
+        # Parts whose key this process has named; None is the whole run's.
+        self._keyed: set[str | None] = set()
+        self._answered: set[Event] = set()
 
     @classmethod
     def create(
@@ -81,21 +103,26 @@ class Ledger:
         private: bool,
         target_epsilon: float | None = None,
         accountant: str = "pld",
+        relation: str = ADD_OR_REMOVE_ONE,
     ) -> Ledger:
-        """Start a ledger; an existing file is refused, so that no spend is ever reset."""
+        """Start a ledger; an existing file is refused, so that no spend is ever reset.
+
+        Args:
+            relation: which data sets are neighbours, "add_or_remove_one" or "replace_one".
+        """
         check_delta(delta)
         if target_epsilon is not None:
             check_epsilon(target_epsilon)
-        if accountant not in ACCOUNTANTS:
-            raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-        return cls(
+        check_accountant(accountant)
+        check_relation(relation)
+        ledger = cls(
             Chain.create(
                 path,
                 _FORMAT,
                 version=_VERSION,
                 run_id=run_id,
                 unit=unit,
-                relation="add_or_remove_one",
+                relation=relation,
                 delta=delta,
                 accountant=accountant,
                 key_id=key_id,
@@ -103,12 +130,13 @@ class Ledger:
                 target_epsilon=target_epsilon,
             )
         )
+        ledger._keyed.add(None)
+        return ledger
 
     @classmethod
     def open(cls, path: Path | str, *, expected_head: str | None = None, readonly: bool = False) -> Ledger:
         """Open and verify a ledger; `LedgerError` when a link is broken or ``expected_head`` is not in it."""
-        chain = Chain.open(path, _FORMAT, _check_line, readonly=readonly, expected_head=expected_head)
-        ledger = cls(chain)
+        ledger = cls(Chain.open(path, _FORMAT, _check_line, readonly=readonly, expected_head=expected_head))
         try:
             ledger._recover()
         except BaseException:
@@ -136,43 +164,66 @@ class Ledger:
         """False when any key of the run came from a seed."""
         return all(line["private"] for line in self._lines if line["kind"] in ("header", "key"))
 
+    def holds(self, head: str) -> bool:
+        """Whether ``head`` was this ledger's head at some time."""
+        return self._chain.holds(head)
+
     def append_event(self, event: Event, *, note: str) -> None:
         """Charge one event; returns when it is on the disk."""
-        self._check_budget([event])
-        self._chain.append("event", event=event.to_dict(), note=note)
+        self._check_answer(event)
+        line = {"kind": "event", "event": event.to_dict(), "note": note}
+        self._check_budget(line)
+        self._chain.append(**line)
 
-    def add_key(self, key_id: str, *, private: bool = True) -> None:
-        """Note the fresh key of a resumed run; a key that was used before is refused."""
-        if self._taken:
+    def add_key(self, key_id: str, *, private: bool = True, part: str | None = None) -> None:
+        """Note a fresh key, of a resumed run or of one part; a key that was used before is refused."""
+        if self._taken if part is None else part in self._taken:
             raise LedgerError(f"{self.path}: close the lease before changing the key")
         used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
         if key_id in used and private:
             raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
-        self._chain.append("key", key_id=key_id, private=private)
+        named = {} if part is None else {"part": part}
+        self._chain.append("key", key_id=key_id, private=private, **named)
+        self._keyed.add(part)
 
     def new_part(self) -> str:
         """A name for the leases of one more network; the first is the empty one. Each leases by itself, and all are
         charged here."""
-        self._parts += 1
-        return "" if self._parts == 1 else str(self._parts)
+        used = {line.get("part", "") for line in self._lines if line["kind"] == "lease"}
+        while True:
+            self._parts += 1
+            part = "" if self._parts == 1 else str(self._parts)
+            if part not in used:
+                return part
 
-    def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int, *, part: str = "") -> None:
-        """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on."""
-        if event.steps != 1 or steps < 1 or first_step < 0:
+    def lease(self, event: StepsEvent, first_step: int, steps: int, *, part: str = "") -> None:
+        """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on.
+
+        Raises:
+            LedgerError: a lease of this part is open, or a mechanism whose noise is correlated over steps does not go
+                on where it stopped (it needs a fresh key, `add_key`).
+            UnsupportedOperationError: noise, rate or strategy are not those of the part's first lease.
+        """
+        if not isinstance(event, StepsEvent):
+            raise TypeError(f"lease: got {type(event).__name__}, expected the event of a step")
+        if event.steps != 1 or not 1 <= steps <= _MOST_STEPS or first_step < 0:
             raise ValueError(
                 "lease: expected the event of one step, at least one step, and a first step >= 0"
             )
         if part in self._taken:
             raise LedgerError(f"{self.path}: the lease before is still open")
-        whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
-        self._check_budget([whole])
-        named = {"part": part} if part else {}
-        self._chain.append("lease", event=event.to_dict(), first_step=first_step, steps=steps, **named)
+        self._check_unchanged(event, part)
+        self._check_whole(event, first_step, part)
+        self._check_answer(event)
+        line = {"kind": "lease", "event": event.to_dict(), "first_step": first_step, "steps": steps}
+        line |= {"part": part} if part else {}
+        self._check_budget(line)
+        self._chain.append(**line)
         self._taken[part] = 0
 
     def close_lease(self, used_steps: int, *, part: str = "") -> None:
         """Give back what a lease of this process did not use; steps that `covers` let pass stay charged."""
-        lease = _open_lease(self._lines, part)
+        lease = open_lease(self._lines, part)
         if lease is None or part not in self._taken:
             raise LedgerError(f"{self.path}: this process has no open lease")
         if not (is_count(used_steps) and used_steps <= lease["steps"]):
@@ -181,13 +232,13 @@ class Ledger:
         self._chain.append("lease_close", used=max(used_steps, self._taken[part]), **named)
         del self._taken[part]
 
-    def covers(self, step: int, event: PoissonGaussianEvent, *, part: str = "") -> bool:
+    def covers(self, step: int, event: StepsEvent, *, part: str = "") -> bool:
         """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step).
 
         A lease pays for each step once: True counts the step, and those before it, as taken, so that going
         back to a checkpoint and taking a step again needs a lease of its own.
         """
-        lease = _open_lease(self._lines, part)
+        lease = open_lease(self._lines, part)
         if lease is None or part not in self._taken or not self._chain.is_open:
             return False
         at = step - lease["first_step"]
@@ -198,27 +249,11 @@ class Ledger:
 
     def events(self) -> list[Event]:
         """Everything charged so far; an unclosed lease counts whole."""
-        charged: list[Event] = []
-        lease_at: dict[str, int] = {}
-        for line in self._lines:
-            if line["kind"] == "event" or (line["kind"] == "recovered" and line["event"] is not None):
-                charged.append(event_from_dict(line["event"]))
-            elif line["kind"] == "lease":
-                lease_at[line.get("part", "")] = len(charged)
-                charged.append(_steps_of(line["event"], line["steps"]))
-            elif line["kind"] == "lease_close":
-                at = lease_at[line.get("part", "")]
-                charged[at] = _steps_of(charged[at].to_dict(), line["used"])
-        if self._torn is not None:
-            charged.append(self._torn)
-        return merge_events(charged)
+        return charges(self._lines, self._torn)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
         """Epsilon of all that was charged; at the ledger's own delta and accountant by default."""
-        header = self._lines[0]
-        return epsilon_of(
-            self.events(), header["delta"] if delta is None else delta, accountant or header["accountant"]
-        )
+        return self._cost(self.events(), delta, accountant)
 
     def close(self) -> None:
         """Release the file; a lease that is open stays charged whole."""
@@ -232,12 +267,58 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _check_budget(self, more: list[Event]) -> None:
+    def _cost(
+        self, events: Sequence[Event], delta: float | None = None, accountant: str | None = None
+    ) -> float:
+        header = self._lines[0]
+        return epsilon_of(
+            events,
+            header["delta"] if delta is None else delta,
+            accountant or header["accountant"],
+            header["relation"],
+        )
+
+    def _check_unchanged(self, event: StepsEvent, part: str) -> None:
+        """Parameters that change may have been chosen from what was released; a sum does not hold for those."""
+        first = next(
+            (x for x in self._lines if x["kind"] == "lease" and x.get("part", "") == part),
+            None,
+        )
+        if first is not None and event_from_dict(first["event"]) != event:
+            raise UnsupportedOperationError(
+                f"{self.path}: the leases before are of {_words(first['event'])}, this one of "
+                f"{_words(event.to_dict())}; parameters that change during a run need the adaptive filter "
+                "(Ledger.create(..., adaptive=True))"
+            )
+
+    def _check_whole(self, event: StepsEvent, first_step: int, part: str) -> None:
+        if event.is_one_mechanism and not self._keyed & {None, part}:
+            raise LedgerError(f"{self.path}: {event.kind!r} steps need a fresh key (add_key) in each process")
+        try:
+            check_goes_on(self._lines, event, first_step, part)
+        except ValueError as error:
+            raise LedgerError(f"{self.path}: this lease {error}") from None
+
+    def _check_answer(self, event: Event) -> None:
+        """Refuse an event whose cost this ledger could not tell: it would be known only after the release."""
+        header = self._lines[0]
+        is_plain = isinstance(event, PoissonGaussianEvent | GaussianEvent)
+        if is_plain and header["relation"] == ADD_OR_REMOVE_ONE and header["accountant"] != "prv":
+            return
+        if isinstance(event, StepsEvent):
+            event = event.with_steps(1)
+        elif not isinstance(event, SelectionEvent):
+            event = replace(event, count=1)
+        if event not in self._answered:
+            self._cost([event])
+            self._answered.add(event)
+
+    def _check_budget(self, line: Line) -> None:
         header = self._lines[0]
         target = header["target_epsilon"]
         if target is None:
             return
-        after = epsilon_of([*self.events(), *more], header["delta"], header["accountant"])
+        after = self._cost(charges([*self._lines, line], self._torn))
         if after > target * (1.0 + _SLACK):
             raise BudgetExceededError(
                 f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta "
@@ -249,8 +330,7 @@ class Ledger:
         torn = self._chain.torn
         if not torn:
             return
-        leased = [line["steps"] for line in self._lines if line["kind"] == "lease"]
-        event = _charge_of_torn(torn, max(leased, default=1))
+        event = charge_of_torn(torn, self._lines)
         if not self._chain.is_writable:
             self._torn = event
             return
@@ -262,58 +342,58 @@ class Ledger:
         )
 
 
-def _open_lease(lines: Sequence[Line], part: str) -> Line | None:
-    # A key or a torn line is the mark of another process: only the process that leases may close.
-    def ends(line: Line) -> bool:
-        is_own = line["kind"] in ("lease", "lease_close") and line.get("part", "") == part
-        return is_own or line["kind"] in ("key", "recovered")
-
-    last = next((line for line in reversed(lines) if ends(line)), None)
-    return last if last is not None and last["kind"] == "lease" else None
-
-
 def _check_line(before: Sequence[Line], line: Line) -> None:
     kind = line["kind"]
     if kind == "header":
-        check_delta(line["delta"])
-        if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
-            raise ValueError("is of another version")
+        _check_header(line)
     if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
         event_from_dict(line["event"])
+    if kind == "event" and not isinstance(line["note"], str):
+        raise ValueError("has no note")
+    if kind == "key":
+        _check_key(line)
+    if kind == "recovered" and not (is_count(line["bytes"]) and isinstance(line["digest"], str)):
+        raise ValueError("stands for no torn line")
     if kind == "lease":
-        if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
-            raise ValueError("leases something else than single steps")
-        if not (is_count(line["steps"]) and line["steps"] >= 1 and is_count(line["first_step"])):
-            raise ValueError("leases no steps")
-    if "part" in line and not (isinstance(line["part"], str) and line["part"]):
+        _check_lease(before, line)
+    if kind != "key" and "part" in line and not (isinstance(line["part"], str) and line["part"]):
         raise ValueError("names no part")
     if kind == "lease_close":
-        lease = _open_lease(before, line.get("part", ""))
+        lease = open_lease(before, line.get("part", ""))
         if lease is None or not (is_count(line["used"]) and line["used"] <= lease["steps"]):
             raise ValueError("closes no lease")
 
 
-def _steps_of(event: dict[str, Any], steps: int) -> PoissonGaussianEvent:
-    return PoissonGaussianEvent(event["sample_rate"], event["noise_multiplier"], steps)
+def _check_header(line: Line) -> None:
+    if line["version"] != _VERSION:
+        raise ValueError("is of another version")
+    check_delta(line["delta"])
+    check_accountant(line["accountant"])
+    check_relation(line["relation"])
+    if line["target_epsilon"] is not None:
+        check_epsilon(line["target_epsilon"])
+    if not all(isinstance(line[name], str) for name in ("run_id", "unit")):
+        raise ValueError("names no run or no unit")
+    _check_key(line)
 
 
-def _charge_of_torn(torn: bytes, longest_lease: int) -> Event | None:
-    """What a line without its end has to be charged as.
+def _check_key(line: Line) -> None:
+    if not isinstance(line["key_id"], str) or not isinstance(line["private"], bool):
+        raise ValueError("names no key")
+    if not isinstance(line.get("part", ""), str):
+        raise ValueError("names no part")
 
-    In canonical order the event comes first and a lease's number of steps near the end. Where that number is
-    lost, the lease counts as long as the longest before it. None for lines that charge nothing, and for one
-    cut inside its event: of that one only its length and digest are kept.
-    """
-    text = torn.decode("utf-8", errors="replace")
-    start = '{"event":'
-    if not text.startswith(start):
-        return None
-    try:
-        data, end = json.JSONDecoder().raw_decode(text, len(start))
-        event = event_from_dict(data)
-    except (ValueError, RecursionError, OverflowError, ConfigError):
-        return None
-    if not isinstance(event, PoissonGaussianEvent) or text.startswith(',"hash":', end):
-        return event
-    steps = re.search(r'"steps":([0-9]{1,12}),', text[end:])
-    return _steps_of(data, int(steps.group(1)) if steps else longest_lease)
+
+def _check_lease(before: Sequence[Line], line: Line) -> None:
+    event = event_from_dict(line["event"])
+    if not isinstance(event, StepsEvent) or event.steps != 1:
+        raise ValueError("leases something else than single steps")
+    if not (is_count(line["steps"]) and 1 <= line["steps"] <= _MOST_STEPS and is_count(line["first_step"])):
+        raise ValueError("leases no steps")
+    check_goes_on(before, event, line["first_step"], line.get("part", ""))
+
+
+def _words(event: dict[str, Any]) -> str:
+    """An event in a message, without what would fill a page."""
+    shown = {k: v for k, v in event.items() if k not in ("kind", "steps", "strategy")}
+    return ", ".join([event["kind"], *(f"{k} {v}" for k, v in shown.items())])
