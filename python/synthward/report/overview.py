@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from synthward.evaluate.result import Comparison, EvaluationResult, Marginal
 from synthward.report.figures import figure_style, png_bytes, shorten
+from synthward.report.numbers import format_delta, format_epsilon
 from synthward.report.plots import draw_epsilon, draw_marginal, draw_pair_heatmap, draw_utility
-from synthward.report.statement import format_delta, format_epsilon
 from synthward.report.write import write_new_file
 
 
