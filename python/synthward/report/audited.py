@@ -10,6 +10,8 @@ from typing import Any
 
 from synthward.report.documents import Audit, AuditCheck
 
+_READ = ("name", "passed", "lower_bound", "claimed", "from_records", "releasable")
+
 
 def read_audit(path: Path) -> tuple[Audit | None, tuple[AuditCheck, ...]]:
     """The audit in ``path`` as it may be released, and the checks that stay with the custodian.
@@ -42,6 +44,8 @@ def _check(check: Mapping[str, Any]) -> AuditCheck:
         name=str(check.get("name") or "unnamed"),
         passed=passed if isinstance(passed, bool) else None,
         lower_bound=_bound(check.get("lower_bound")),
+        claimed=_bound(check.get("claimed")),
+        details={str(name): value for name, value in check.items() if name not in _READ},
     )
 
 

@@ -92,11 +92,20 @@ class Mechanism(Document):
 
 
 class AuditCheck(Document):
-    """One check of an audit; ``lower_bound`` is of epsilon, at the audit's delta."""
+    """One check of an audit.
+
+    Attributes:
+        name: what was checked.
+        passed: None for what is reported and decides nothing.
+        lower_bound, claimed: of epsilon, at the audit's delta; None where there is no such number.
+        details: whatever else the audit recorded of the check.
+    """
 
     name: str
     passed: bool | None
     lower_bound: Epsilon | None
+    claimed: Epsilon | None
+    details: dict[str, JsonValue]
 
 
 class Audit(Document):

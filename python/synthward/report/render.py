@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from synthward.engine.errors import PrivacyError
-from synthward.evaluate.result import EvaluationResult
+from synthward.evaluate.result import CUSTODIAN_ONLY, EvaluationResult
 from synthward.report import plots
 from synthward.report.bundle import write_documents
 from synthward.report.documents import PrivacyDocuments
@@ -22,7 +22,7 @@ from synthward.report.settings import settings_table
 from synthward.report.statement import outcome
 from synthward.report.write import refuse_existing, write_new_file
 
-BADGE = "custodian's eyes only: computed from real records, not paid for from the privacy budget"
+BADGE = CUSTODIAN_ONLY
 NOT_PRIVATE = "reproducible, not private"
 
 MAX_MARGINAL_FIGURES = 60

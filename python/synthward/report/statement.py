@@ -118,11 +118,11 @@ def _rates(facts: RunFacts, meaning: Interpretation) -> str:
     ]
     if facts.relation == "replace_one":
         told = "; ".join(f"{wrong}: {right}" for wrong, right in pairs)
-        return f"Of a test between the two cases: wrong about one at most so often, it is right about the other: {told}."
+        return f"A test of the two cases that is wrong about one so often is right about the other at most: {told}."
     told = "; ".join(f"{wrong} finds at most {right}" for wrong, right in pairs)
     return (
-        f"Of tests for who took part, by the share of {facts.unit.noun}s without a part that they accuse, and the "
-        f"share of those with one that they find (true positive rate at a false positive rate): one that accuses {told}."
+        f"A test for who took part accuses some of the {facts.unit.noun}s that did not (false positive rate) and finds "
+        f"some of those that did (true positive rate): one that accuses {told}."
     )
 
 
@@ -204,10 +204,12 @@ def _audit(facts: RunFacts) -> Section:
 
 def outcome(check: AuditCheck) -> str:
     """What a check found, in words; its bound is rounded down."""
-    word = {True: "passed", False: "FAILED", None: "outcome not recorded"}[check.passed]
-    if check.lower_bound is None:
-        return word
-    return f"{word}; epsilon is at least {math.floor(check.lower_bound * 1000) / 1000:g}"
+    word = {True: "passed", False: "FAILED", None: "reported, decides nothing"}[check.passed]
+    if check.lower_bound is not None:
+        word += f"; epsilon is at least {math.floor(check.lower_bound * 1000) / 1000:g}"
+    if check.claimed is not None:
+        word += f"; claimed: {format_epsilon(check.claimed)}"
+    return word
 
 
 def _held_constant(facts: RunFacts) -> tuple[str, ...]:
