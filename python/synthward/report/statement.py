@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from synthward.report.base import base_sections, residual_risks
-from synthward.report.documents import AuditCheck, Fact, Interpretation, Section, Statement
+from synthward.report.documents import AuditCheck, DataSetBudget, Fact, Interpretation, Section, Statement
 from synthward.report.facts import RunFacts
 from synthward.report.meaning import interpret
 from synthward.report.mechanisms import SAMPLED, describe_events, flatten
@@ -33,7 +33,8 @@ ACCOUNTANTS = {
 def write_statement(facts: RunFacts) -> Statement:
     """The statement of a run; all of it is public or paid for."""
     guarantee = facts.guarantee
-    meaning = None if guarantee is None else interpret(guarantee, facts.events)
+    # An adaptive run is bounded by its filter alone: its events were not fixed before, as an accountant's sum needs.
+    meaning = None if guarantee is None else interpret(guarantee, () if facts.adaptive else facts.events)
     top = [_parameters(facts, meaning), _unit(facts), _other_releases(facts), _audit(facts)]
     return Statement(
         outline=OUTLINE,
@@ -42,6 +43,7 @@ def write_statement(facts: RunFacts) -> Statement:
         guarantee=guarantee,
         budget=facts.budget,
         interpretation=meaning,
+        data_set=facts.data_set,
         mechanisms=describe_events(facts.events, facts.unit),
         audit=facts.audit if facts.is_private else None,
         sections=tuple([*top, *middle_sections(facts), *base_sections(facts)]),
@@ -68,6 +70,8 @@ def _parameters(facts: RunFacts, meaning: Interpretation | None) -> Section:
         )
     version = facts.software.get("dp-accounting", "unknown")
     name = ACCOUNTANTS.get(guarantee.accountant, guarantee.accountant)
+    if facts.adaptive:
+        name = f"fully adaptive filter by {name}, its orders fixed before the run"
     table = [
         Fact(name="Epsilon", value=format_epsilon(guarantee.epsilon)),
         Fact(name="Delta", value=format_delta(guarantee.delta)),
@@ -168,12 +172,35 @@ def _other_releases(facts: RunFacts) -> Section:
             "a table published without noise. Epsilons and deltas of private releases add up at most; a release that "
             "is not private has no bound, and this statement does not mend that."
         )
+    table = [] if facts.data_set is None else _data_set(facts.data_set)
     return Section(
         id="other-releases",
         heading="Mixing differential privacy with other data releases",
         level="top",
         paragraphs=(text,),
+        table=tuple(table),
     )
+
+
+def _data_set(found: DataSetBudget) -> list[Fact]:
+    """The budget file in words; epsilons of all releases stand with its delta, unit and relation."""
+    meant = (
+        f"at delta {format_delta(found.total.delta)}, for every {found.total.unit.name}, "
+        f"{found.total.relation.replace('_', ' ')}"
+    )
+    counted = "1 release counts" if found.releases == 1 else f"{found.releases:,} releases count"
+    return [
+        Fact(
+            name="Budget file of the data set",
+            value=f"{found.name or 'unnamed'}; this run is {found.state} in it",
+        ),
+        Fact(name="Total of all releases", value=f"epsilon {format_epsilon(found.total.epsilon)} {meant}"),
+        Fact(
+            name="Counted so far",
+            value=f"epsilon {format_epsilon(found.counted.epsilon)} {meant}; {counted}, unfinished ones whole",
+        ),
+        Fact(name="Last entry of the budget file (SHA-256)", value=found.head),
+    ]
 
 
 def _audit(facts: RunFacts) -> Section:
@@ -236,8 +263,16 @@ def _assumptions(facts: RunFacts) -> tuple[str, ...]:
         "The declared schema (columns, bounds, categories, unit, label, constraints) is public knowledge and was not "
         "taken from the records. A schema drafted from the records is not private until a person has replaced what "
         "came from them.",
-        "The settings of the run were chosen without looking at the records or at results computed from them.",
     ]
+    if facts.adaptive:
+        lines.append(
+            "Settings that changed during the run followed from what was released before; all others were chosen "
+            "without looking at the records or at results computed from them."
+        )
+    else:
+        lines.append(
+            "The settings of the run were chosen without looking at the records or at results computed from them."
+        )
     if facts.relation == "add_or_remove_one":
         lines.append("How many records there are is treated as private.")
     if any(isinstance(event, SAMPLED) for event in flatten(facts.events)):
