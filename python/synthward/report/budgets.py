@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from synthward.engine.budget import DatasetBudget
 from synthward.engine.errors import LedgerError
 from synthward.report.documents import DataSetBudget, Guarantee, Unit
 
@@ -18,6 +17,8 @@ def read_data_set(path: Path, run_id: str, ledger_head: str) -> DataSetBudget:
     Raises:
         LedgerError: the file is missing or damaged, or does not know the run, or settled it for another ledger.
     """
+    from synthward.engine.budget import DatasetBudget
+
     file = DatasetBudget(path)
     entries = [entry for entry in file.entries() if entry.state != "cancelled"]
     own = next((entry for entry in entries if entry.run_id == run_id), None)
