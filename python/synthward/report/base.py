@@ -24,11 +24,11 @@ def residual_risks(facts: RunFacts) -> tuple[str, ...]:
     """What may still harm a person although the statement holds."""
     assert facts.guarantee is not None
     noun = facts.unit.noun
-    pair = "" if noun == "row" else f" under several values of {facts.unit.column!r}"
+    several = "rows" if noun == "row" else f"values of {facts.unit.column!r}"
     lines = [
         _arithmetic(facts),
         "Side channels: timing, memory, logs, access to the machine or to the run's folder while it trains.",
-        f"A person with records{pair} in several {noun}s: epsilon grows with their number.",
+        f"A person with several {several}: epsilon grows with their number.",
         "Group facts: what holds for most people of a kind can be learned, and used against them, from any accurate "
         "release.",
     ]

@@ -12,7 +12,7 @@ from synthward.report.base import base_sections, residual_risks
 from synthward.report.documents import AuditCheck, DataSetBudget, Fact, Interpretation, Section, Statement
 from synthward.report.facts import RunFacts
 from synthward.report.meaning import interpret
-from synthward.report.mechanisms import SAMPLED, describe_events, flatten
+from synthward.report.mechanisms import SAMPLED, TRAINING, describe_events, flatten
 from synthward.report.middle import middle_sections
 from synthward.report.numbers import format_delta, format_epsilon, percent_up, round_up
 
@@ -58,7 +58,9 @@ def _headline(facts: RunFacts) -> str:
     if facts.guarantee is None:
         return "This run is not private. Treat generator and synthetic rows like the records themselves."
     spent = f"({format_epsilon(facts.guarantee.epsilon)}, {format_delta(facts.guarantee.delta)})"
-    run = "training run" if facts.status in (None, "complete") else "training run, so far,"
+    queries_only = facts.events and not any(isinstance(e, TRAINING) for e in flatten(facts.events))
+    run = "run" if queries_only else "training run"
+    run += "" if facts.status in (None, "complete") else ", so far,"
     return f"The {run} is {spent}-differentially private for every {facts.unit.name}."
 
 
@@ -138,7 +140,7 @@ def _unit(facts: RunFacts) -> Section:
         else f"A person with several values of {facts.unit.column!r} is protected less."
     )
     size = (
-        f"Whether the number of {noun}s is known makes no difference: it is protected too."
+        f"The number of {noun}s is treated as private too."
         if facts.relation == "add_or_remove_one"
         else f"The number of {noun}s counts as public under this relation."
     )
@@ -169,7 +171,7 @@ def _other_releases(facts: RunFacts) -> Section:
     else:
         text = (
             "Every other release from the same records counts as well: another run, another setting that was tried, "
-            "a table published without noise. Epsilons and deltas of private releases add up at most; a release that "
+            "a table published without noise. Epsilons and deltas of private releases add up, at most; a release that "
             "is not private has no bound, and this statement does not mend that."
         )
     table = [] if facts.data_set is None else _data_set(facts.data_set)
@@ -252,6 +254,10 @@ def _held_constant(facts: RunFacts) -> tuple[str, ...]:
     if facts.settings:
         chosen = ", ".join(f"{name} {text}" for name, text in facts.settings)
         lines.append(f"The settings: {chosen}.")
+    if facts.holdout:
+        lines.append(
+            f"The share of {facts.unit.noun}s that is held out of training: {100 * facts.holdout:g} %."
+        )
     if facts.relation == "replace_one":
         lines.append(f"The number of {facts.unit.noun}s.")
     return tuple(lines)
