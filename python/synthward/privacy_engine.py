@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from synthward.engine.accounting import Accountant, PoissonGaussianEvent, calibrate_noise, event_from_dict
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
-from synthward.engine.errors import CheckpointError, ConfigError
+from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
 from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
@@ -201,15 +201,28 @@ class PrivacyEngine:
         if session.core.has_sum:
             raise CheckpointError("a step is under way; call optimizer.step() before save_checkpoint()")
         info = {"events": [event.to_dict() for event in self.accountant.events], "kind": self.accountant.kind}
+        if self.ledger is not None:
+            info["ledger_head"] = self.ledger.head
         save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Continue from `save_checkpoint`: the spent budget is added to this engine's own; keys are fresh
-        ones."""
+        ones.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another network.
+            LedgerError: this engine's ledger is not the one that the checkpoint was saved under, or is an older copy.
+        """
         session = self._session()
         tensors, info = load_checkpoint(path)
         if not isinstance(info.get("events"), list):
             raise CheckpointError(f"{path}: holds no spent budget")
+        head = info.get("ledger_head")
+        if head is not None and self.ledger is not None and not self.ledger.holds(head):
+            raise LedgerError(
+                f"{self.ledger.path}: does not hold the head that {path} names; lines were cut off, or it is another "
+                "ledger"
+            )
         events = [event_from_dict(event) for event in info["events"]]
         session.discard()
         session.steps_done = restore_tensors(session.core, tensors)
@@ -234,6 +247,8 @@ class PrivacyEngine:
             count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
             self.ledger.lease(event, step, count, part=lease.part)
             lease.start, lease.steps = step, count
+            # Counts this step as taken: a checkpoint loaded now may ask for it again.
+            self.ledger.covers(step, event, part=lease.part)
         self.accountant.compose(event)
 
     def _sampling(
@@ -313,7 +328,10 @@ class PrivacyEngine:
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
             private_loader = PoissonLoader(loader, sampling.sample_rate, self._keys.key("sampler"), ids)
-        lease = _Lease("" if self.ledger is None else self.ledger.new_part())
+        lease = _Lease("")
+        if self.ledger is not None:
+            lease.part = self.ledger.new_part()
+            self.ledger.add_key(self._keys.key_id, private=self._keys.is_private, part=lease.part)
         event = PoissonGaussianEvent(sampling.sample_rate, core.noise.noise_multiplier, 1)
         session = PrivateSession(
             core,
