@@ -347,3 +347,45 @@ def test_adaptive_clipping_is_scored_in_the_bound_of_each_step(monkeypatch):
     run = run_full_participation(plan, KeySchedule.reproducible(2), 1000)
     assert len(set(bounds)) == len(bounds) == 9
     assert run.scores.std() < 2.0 and torch.get_default_dtype() == torch.float32
+
+
+# Correlated noise
+
+
+class Correlated:
+    """What the audit reads of a plan with a strategy."""
+
+    def __init__(self, strategy, period: int, noise_multiplier: float = 2.0) -> None:
+        self.strategy, self.period, self.noise_multiplier = strategy, period, noise_multiplier
+
+
+@pytest.mark.parametrize("kind", ["banded", "blt", "banded_inverse"])
+def test_correlated_noise_is_whitened_and_scored_by_its_matched_filter(kind):
+    """Noise C^-1 z and a canary of size 1 in every third step: scores have unit variance, and are moved by exactly the
+    sensitivity over the noise multiplier, which is what the accountant charges."""
+    from synthward.engine.accounting.matrix import Strategy
+
+    numbers = {
+        "banded": ((0.8, 0.5, 0.3), ()),
+        "blt": ((0.3, 0.1), (0.9, 0.5)),
+        "banded_inverse": ((1.0, -0.5), ()),
+    }
+    strategy, steps = Strategy(kind, *numbers[kind]), 12
+    plan = Correlated(strategy, 3)
+    matrix = canaries._matrix(plan, steps)
+    white = np.random.default_rng(3).normal(size=(steps, 50_000))
+    noise = np.linalg.solve(matrix, white)
+    assert canaries.whiten(plan, noise) == pytest.approx(white, abs=1e-9)
+    signal = canaries._participation(plan, steps)
+    assert signal.tolist() == [1.0, 0.0, 0.0] * 4
+    weights = canaries.matched_filter(plan, signal)
+    scores = weights @ noise
+    assert abs((scores**2).mean() - 1.0) < 6.0 * math.sqrt(2.0 / 50_000)
+    assert weights @ signal == pytest.approx(strategy.sensitivity(steps, 3), rel=1e-7)
+    assert canaries._mu(plan, steps) == pytest.approx(strategy.sensitivity(steps, 3) / 2.0)
+
+
+def test_without_a_strategy_all_steps_weigh_the_same():
+    plan = make_plan()
+    assert canaries.matched_filter(plan, np.ones(4)) == pytest.approx(np.full(4, 0.5))
+    assert canaries._mu(plan, 4) == pytest.approx(2.0 / 1.3)

@@ -141,6 +141,14 @@ def whiten(plan: PrivacyPlan, series: NDArray[np.float64]) -> NDArray[np.float64
     return series if _strategy(plan) is None else np.tensordot(_matrix(plan, len(series)), series, axes=1)
 
 
+def matched_filter(plan: PrivacyPlan, signal: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of the steps [steps] whose sum tells a canary's part `signal` from the noise best: noise of unit
+    variance, C the strategy, s the signal: ``<C s, C x> / |C s|`` for what was released, x."""
+    matrix = _matrix(plan, len(signal))
+    moved = matrix @ signal
+    return np.asarray(matrix.T @ moved / np.linalg.norm(moved))
+
+
 def _strategy(plan: PrivacyPlan) -> Strategy | None:
     return getattr(plan, "strategy", None)
 
@@ -174,10 +182,7 @@ def _run(
     draw: Callable[[int], NDArray[np.int64]],
     signal: NDArray[np.float64],
 ) -> CanaryRun:
-    # The matched filter: <C s, C x> over |C s| for what was released, x, and a canary's part in it, s.
-    matrix = _matrix(plan, plan.steps)
-    moved = matrix @ signal
-    weights = matrix.T @ moved / np.linalg.norm(moved)
+    weights = matched_filter(plan, signal)
     audited, scores = AuditedStep(plan, keys, len(included)), np.zeros(len(included))
     for step in range(plan.steps):
         scores += weights[step] * audited.step(draw(step)).sum(0) / math.sqrt(2.0)
