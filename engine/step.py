@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,19 @@ from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.engine.flat import FlatParameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
-from synthward.engine.optim import Noise, make_updater
+from synthward.engine.noise import DiscreteSums, NoiseSource
+from synthward.engine.optim import make_updater
 from synthward.engine.planner import Planner
 from synthward.engine.products import Products
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
-from synthward.kernels import gaussian_noise
-
-# Noise streams of training steps: one per object that draws from the same key schedule.
-_FIRST_STREAM = 1
-_streams: weakref.WeakKeyDictionary[KeySchedule, int] = weakref.WeakKeyDictionary()
-
-
-def _next_stream(keys: KeySchedule) -> int:
-    stream = _streams.get(keys, _FIRST_STREAM)
-    if stream >= 1 << 15:
-        raise PrivacyError("this key schedule was given to too many trainers; draw a fresh one")
-    _streams[keys] = stream + 1
-    return stream
-
-
 class DPStep:
     """The private step of one module and optimizer.
 
     Guarantees: what `release` adds to the parameters is a function of the sum over units of contributions of
-    norm at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of physical batches;
-    noise is drawn at a (stream, step) that is never used again.
+    norm at most C, plus the noise of its `NoiseSpec` (one N(0, (sigma C)^2) per coordinate and step, or one of a
+    correlated sequence), whatever the number of physical batches; noise is drawn at a (stream, step) that is never
+    used again.
     """
 
     def __init__(
@@ -57,6 +44,7 @@ class DPStep:
         perf: PerfSpec | None = None,
     ) -> None:
         check_modules(module)
+        noise.check(clip)
         keep_freed_memory()
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
         self.flat = FlatParameters(module, optimizer)
@@ -71,7 +59,8 @@ class DPStep:
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.has_sum = False
         self._grad_scale = 1.0 / expected_batch_size
-        self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
+        self.source = NoiseSource(noise, self.flat, keys)
+        self.discrete = DiscreteSums(self.flat, clip) if noise.arithmetic == "discrete" else None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -103,7 +92,7 @@ class DPStep:
             batch,
             clip=self.clip,
             groups=self.groups,
-            sums=self.flat.sums,
+            sums=self.flat.sums if self.discrete is None else self.discrete.sums,
             planner=self.planner,
             observe=None if self.quantile is None or factors is not None else self.quantile.observe,
             factors=factors,
@@ -117,6 +106,8 @@ class DPStep:
             with torch.no_grad():
                 contributions.finish()
             contributions.check_finished()
+            if self.discrete is not None:
+                self.discrete.count(contributions.num_units, contributions.most_rows)
             self.state.consume(contributions.forwards)
 
     def release(self) -> None:
@@ -126,22 +117,26 @@ class DPStep:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
         """
         self.check_coverage()
-        std = self.noise.noise_std(self.clip)
-        if self.quantile is not None:
-            std = self.quantile.noise_multiplier * self.quantile.bound
-        noise = Noise(self._key, self._stream, self._noise_step, std)
-        # Never given out again, even if what follows fails half way.
-        self._noise_step += 1
+        noise = self.source.next(self._noise_std())
         with torch.no_grad():
             if self.quantile is not None:
                 # The first index behind the parameters: no coordinate of theirs has it.
-                draw = gaussian_noise(
-                    1, key=noise.key, stream=noise.stream, step=noise.step, start=len(self.flat.data)
-                )
-                self.quantile.release(float(draw[0]))
+                self.quantile.release(self.source.scalar(noise, len(self.flat.data)))
+            if self.discrete is not None:
+                self.discrete.release(noise)
+                noise = replace(noise, std=0.0, variance=noise.std**2)
             self.updater.update(noise, self._grad_scale)
+        self.source.close()
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False
+
+    def _noise_std(self) -> float:
+        """Standard deviation of the noise on each coordinate of the sum (of z, with a strategy)."""
+        if self.quantile is not None:
+            return self.quantile.noise_multiplier * self.quantile.bound
+        if self.discrete is not None:
+            return self.noise.noise_multiplier * self.discrete.sensitivity
+        return self.noise.noise_std(self.clip)
 
     def check_coverage(self) -> None:
         """Every trainable parameter is tracked, in place, and has no gradient of its own."""
@@ -154,6 +149,8 @@ class DPStep:
         is_spoilt = self.state.abandon()
         if self.quantile is not None:
             self.quantile.discard()
+        if self.discrete is not None:
+            self.discrete.discard()
         if self.has_sum or is_spoilt:
             self.flat.summed_grad.zero_()
             self.has_sum = False

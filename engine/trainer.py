@@ -194,6 +194,7 @@ class PrivateTrainer:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_dict`; noise goes on with keys and counters that were never used."""
+        self._step.source.check_may_go_back()
         self._step.discard()
         self._steps_done = restore_tensors(self._step, tensors)
 
@@ -231,7 +232,7 @@ class PrivateTrainer:
             raise LedgerError(
                 f"no open lease of the ledger covers step {self._steps_done} of this plan (rate "
                 f"{self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease "
-                "first"
+                "with plan.event(1) first"
             )
 
 

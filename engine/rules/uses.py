@@ -67,6 +67,11 @@ def is_compiled(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
+def at_least_float(tensor: Tensor) -> Tensor:
+    """Half precision as fp32; fp32 and fp64 as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class Weights:
     """Weight of each row in the released sum, float32 [N]. A row of weight zero is not there: the units whose norm
     is not finite have it, and 0 * inf would be NaN in a product, so it goes by choice and not by multiplication."""

@@ -14,13 +14,14 @@ import numpy as np
 
 from synthward.data import Records, read_records, split_records
 from synthward.encoding import TableEncoder
-from synthward.engine import KeySchedule, Ledger, PrivacyPlan, QueryMechanism
-from synthward.engine.accounting import Event, PoissonGaussianEvent
+from synthward.engine import KeySchedule, Ledger, QueryMechanism
+from synthward.engine.accounting import Event
 from synthward.engine.errors import CheckpointError, ConfigError, OutputError
 from synthward.generators.registry import make_settings
 from synthward.progress import NullProgress, Progress
 from synthward.run.budget import plan_budget
 from synthward.run.folder import ENCODER_FILE, RUN_FILE, RunFolder
+from synthward.run.mechanism import Mechanism
 from synthward.run.training import Training
 from synthward.schema import Schema
 
@@ -30,6 +31,7 @@ class FitOptions:
     """Options of a fit that have safe defaults.
 
     ``sample_rate`` is the Poisson probability per unit and step, public and never derived from the data.
+    ``noise``, ``bands``, ``max_units`` and ``arithmetic`` choose the mechanism (`Mechanism.choose`).
     ``seed`` makes the run reproducible and NOT private: the noise could be recomputed from it.
     """
 
@@ -40,6 +42,10 @@ class FitOptions:
     max_grad_norm: float = 1.0
     physical_batch_size: int = 4096
     holdout: float = 0.2
+    noise: str = "independent"
+    bands: int = 8
+    max_units: int | None = None
+    arithmetic: str = "float"
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +74,15 @@ def fit_run(
         return _resume(RunFolder(out), data, schema, epsilon, delta, options, progress)
     _check_options(options)
     settings = make_settings(options.generator, options.settings)
-    budget = plan_budget(epsilon, delta, options.accountant, options.sample_rate, options.steps)
+    mechanism = Mechanism.choose(
+        options.sample_rate,
+        options.steps,
+        noise=options.noise,
+        bands=options.bands,
+        max_units=options.max_units,
+        arithmetic=options.arithmetic,
+    )
+    budget = plan_budget(epsilon, delta, options.accountant, mechanism, options.steps)
     _check_out(out, overwrite=overwrite)
     salt = secrets.token_hex(8) if options.seed is None else f"seed-{options.seed}"
     train = _read_training_records(data, schema, options.holdout, salt, progress)
@@ -91,6 +105,7 @@ def fit_run(
         "physical_batch_size": options.physical_batch_size,
         "seed": options.seed,
         **asdict(budget),
+        "mechanism": mechanism.to_dict(),
     }
     folder = RunFolder.create(out, info, schema)
     ledger = Ledger.create(
@@ -153,17 +168,15 @@ def _run(
             ledger.add_key(keys.key_id, private=keys.is_private)
         encoder = _fit_encoder(folder, train, keys, ledger)
         info = folder.info
-        expected = max(info["sample_rate"] * encoder.units, 1.0)
-        plan = PrivacyPlan(
-            sample_rate=info["sample_rate"],
-            noise_multiplier=info["noise_multiplier"],
-            max_grad_norm=info["max_grad_norm"],
-            steps=info["steps"],
-            expected_batch_size=expected,
+        mechanism = Mechanism.from_info(info)
+        plan = mechanism.plan(
+            info["noise_multiplier"], info["max_grad_norm"], info["steps"], encoder.units
         )
         training = Training(folder, encoder, train, plan, keys, ledger, progress)
         training.run()
-        folder.update(status="complete", expected_batch_size=expected)
+        folder.update(
+            status="complete", expected_batch_size=plan.expected_batch_size, steps_taken=training.steps_done
+        )
     return folder
 
 
@@ -172,7 +185,7 @@ def _fit_encoder(folder: RunFolder, train: Records, keys: KeySchedule, ledger: L
     if (folder.path / ENCODER_FILE).is_file():
         return folder.load_encoder()
     lost = ledger.events()
-    if any(isinstance(event, PoissonGaussianEvent) for event in lost):
+    if any(hasattr(event, "steps") for event in lost):
         raise CheckpointError(
             f"{folder.path}: has been trained, but its {ENCODER_FILE} is missing; put it back, or start a new run"
         )
@@ -188,7 +201,12 @@ def _plan_again(folder: RunFolder, lost: tuple[Event, ...]) -> None:
     """Killed between paying for the histograms and keeping them: pay again, out of the steps' share."""
     info = folder.info
     budget = plan_budget(
-        info["epsilon"], info["delta"], info["accountant"], info["sample_rate"], info["steps"], lost=lost
+        info["epsilon"],
+        info["delta"],
+        info["accountant"],
+        Mechanism.from_info(info),
+        info["steps"],
+        lost=lost,
     )
     folder.update(noise_multiplier=budget.noise_multiplier)
 
