@@ -99,9 +99,9 @@ class DiscreteSums:
     """
 
     def __init__(self, flat: FlatParameters, clip: ClipSpec) -> None:
-        self._flat = torch.zeros_like(flat.data, dtype=torch.float64)
+        self.flat = torch.zeros_like(flat.data, dtype=torch.float64)
         self._released = flat.summed_grad
-        self.sums = [span.view(self._flat) for span in flat]
+        self.sums = [span.view(self.flat) for span in flat]
         bound = clip.sensitivity()
         self.grid = 2.0 ** math.floor(math.log2(bound * _GRID_SHARE / math.sqrt(len(flat.data))))
         self.sensitivity = bound * (1.0 + _SUM_SHARE) + math.sqrt(len(flat.data)) * self.grid
@@ -123,7 +123,7 @@ class DiscreteSums:
     def release(self, noise: Noise) -> None:
         """Round, add the noise and leave the result, float32, where the update reads it; the sums are zero then."""
         discrete_release_(
-            self._flat,
+            self.flat,
             self._released,
             key=noise.key,
             stream=noise.stream,
@@ -135,5 +135,5 @@ class DiscreteSums:
 
     def discard(self) -> None:
         """Drop what was accumulated."""
-        self._flat.zero_()
+        self.flat.zero_()
         self._units = self._rows = 0

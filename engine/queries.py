@@ -11,6 +11,7 @@ from synthward.engine.accounting import GaussianEvent
 from synthward.engine.errors import PrivacyError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
+from synthward.engine.replay import tap
 from synthward.kernels import gaussian_noise
 
 _STREAM = 2
@@ -46,6 +47,14 @@ class QueryMechanism:
         if not np.isfinite(values).all():
             raise PrivacyError(f"query {note!r}: its values are not finite, so no sensitivity can hold")
         self._ledger.append_event(GaussianEvent(float(noise_multiplier), 1), note=note)
+        values = tap(
+            "gaussian_vector",
+            values,
+            sensitivity=l2_sensitivity,
+            is_private=self._keys.is_private,
+            noise_multiplier=noise_multiplier,
+            note=note,
+        )
         key, step = self._keys.key("queries"), self._keys.next_query()
         noise = gaussian_noise(values.size, key=key, stream=_STREAM, step=step)
         scaled = noise.numpy().astype(np.float64) * (noise_multiplier * l2_sensitivity)

@@ -21,6 +21,7 @@ from synthward.engine.noise import DiscreteSums, NoiseSource
 from synthward.engine.optim import make_updater
 from synthward.engine.planner import Planner
 from synthward.engine.products import Products
+from synthward.engine.replay import tap
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
 class DPStep:
@@ -61,6 +62,7 @@ class DPStep:
         self._grad_scale = 1.0 / expected_batch_size
         self.source = NoiseSource(noise, self.flat, keys)
         self.discrete = DiscreteSums(self.flat, clip) if noise.arithmetic == "discrete" else None
+        self._is_private = keys.is_private
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -117,7 +119,13 @@ class DPStep:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
         """
         self.check_coverage()
-        noise = self.source.next(self._noise_std())
+        bound = self._sensitivity()
+        std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
+        if self.quantile is not None:
+            self.quantile.tap(is_private=self._is_private)
+        sums = self.flat.summed_grad if self.discrete is None else self.discrete.flat
+        tap("step", sums, sensitivity=bound, is_private=self._is_private, noise_std=std)
+        noise = self.source.next(std)
         with torch.no_grad():
             if self.quantile is not None:
                 # The first index behind the parameters: no coordinate of theirs has it.
@@ -130,13 +138,11 @@ class DPStep:
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False
 
-    def _noise_std(self) -> float:
-        """Standard deviation of the noise on each coordinate of the sum (of z, with a strategy)."""
+    def _sensitivity(self) -> float:
+        """L2 change of the sum when one unit is added or removed, rounding to a grid included."""
         if self.quantile is not None:
-            return self.quantile.noise_multiplier * self.quantile.bound
-        if self.discrete is not None:
-            return self.noise.noise_multiplier * self.discrete.sensitivity
-        return self.noise.noise_std(self.clip)
+            return self.quantile.bound
+        return self.clip.sensitivity() if self.discrete is None else self.discrete.sensitivity
 
     def check_coverage(self) -> None:
         """Every trainable parameter is tracked, in place, and has no gradient of its own."""
@@ -186,6 +192,11 @@ class Quantile:
         below = (norms <= self.bound).float() - 0.5
         found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
         self._total = found if self._total is None else self._total + found
+
+    def tap(self, *, is_private: bool) -> None:
+        """Show the count to a recording (`synthward.engine.replay`); it is released with the sum, after this."""
+        total = torch.zeros((), dtype=torch.float64) if self._total is None else self._total
+        self._total = tap("count of a step", total, sensitivity=0.5, is_private=is_private)
 
     def release(self, gaussian: float) -> None:
         """Move the bound by the noisy share; `gaussian` is one standard draw."""
