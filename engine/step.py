@@ -144,6 +144,16 @@ class DPStep:
             return self.quantile.bound
         return self.clip.sensitivity() if self.discrete is None else self.discrete.sensitivity
 
+    def adapt(self, noise: NoiseSpec, expected_batch_size: float) -> None:
+        """Other noise and another public batch size from the next step on.
+
+        Raises:
+            ConfigError: with a strategy or adaptive clipping, whose noise is of all steps together.
+        """
+        if noise.strategy is not None or self.quantile is not None:
+            raise ConfigError("adapt: correlated noise and adaptive clipping are fixed for a run; use fresh noise and flat clipping")
+        self.noise, self._grad_scale = noise, 1.0 / expected_batch_size
+
     def check_coverage(self) -> None:
         """Every trainable parameter is tracked, in place, and has no gradient of its own."""
         self.state.check_unspoilt()

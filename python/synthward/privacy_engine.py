@@ -65,6 +65,11 @@ class PrivacyEngine:
     def __init__(
         self, accountant: str = "pld", *, ledger: Ledger | None = None, seed: int | None = None
     ) -> None:
+        if seed is not None and ledger is not None and ledger.is_private:
+            raise ConfigError(
+                "seed: the ledger says that its keys are secret, and noise from a seed is not; leave the seed out, or "
+                "create the ledger with private=False"
+            )
         self.accountant = Accountant(accountant)
         self.ledger, self._seed = ledger, seed
         self._sessions: list[PrivateSession] = []
