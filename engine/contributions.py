@@ -19,7 +19,7 @@ from synthward.engine.capture import Batch, CaptureState, Kept, positions_of
 from synthward.engine.clipping import clip_factors, formed_error, product_error
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
 from synthward.engine.layout import Layout, longer
-from synthward.engine.planner import Planner, to_double
+from synthward.engine.planner import Planner
 from synthward.engine.precision import exact_products
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.mixed import add_derived_sum, add_mixed_norms
@@ -111,8 +111,6 @@ class Contributions:
         self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
         self.forwards: set[int] = set()
         self.has_summed = False
-        # Sums in fp64 are to be exact but for their own rounding: operands are widened, product by product.
-        self._is_wide = sums[0].dtype == torch.float64
         self.most_rows = 0
         self._biases: set[int] = set()
         self._took_bias = False
@@ -417,10 +415,9 @@ class Contributions:
         self._found[index] = (factors, is_bad)
         if self._observe is not None:
             self._observe(index, norms, counts)
-        if not self._is_wide:
-            # The sum over rows that a bias needs comes with the one of its weight, which stands before it.
-            self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
-            self._biases |= {id(u.output_grads) for _, u, _ in group.items if isinstance(u, BiasOfOuter)}
+        # The sum over rows that a bias needs comes with the one of its weight, which stands before it.
+        self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
+        self._biases |= {id(u.output_grads) for _, u, _ in group.items if isinstance(u, BiasOfOuter)}
         group.items.reverse()
         while group.items:
             # Released one by one, as its sum is there.
@@ -440,8 +437,11 @@ class Contributions:
             )
         use = self._planner.widen(use)
         self.most_rows = max(self.most_rows, use.rows)
-        if self._is_wide:
-            use, factors = self._widen(target, use), factors.double()
+        if isinstance(target, Derived) and self._sums[0].dtype == torch.float64:
+            raise UnsupportedOperationError(
+                f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of adapters), "
+                "and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
+            )
         key = (index, id(layout))
         if key not in self._weights:
             weights = Weights(layout.to_rows(factors))
@@ -456,15 +456,6 @@ class Contributions:
             use.add_weighted_sum(weights, self._sums[target.position].view(-1)[start:stop])
         else:
             use.add_weighted_sum(weights, self._sums[target])
-
-    def _widen(self, target: Target, use: Use) -> Use:
-        """The use in fp64. A computed weight's gradient would be carried back in its own precision."""
-        if isinstance(target, Derived):
-            raise UnsupportedOperationError(
-                f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of adapters), "
-                "and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
-            )
-        return to_double(use)
 
     def _group_of(self, target: Target) -> int:
         return self._groups.of_position[min(positions_of(target))]

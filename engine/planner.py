@@ -165,16 +165,6 @@ def _converted(use: Use, old: torch.dtype, new: torch.dtype) -> Use:
     return replace(use, **changed)  # type: ignore[type-var]
 
 
-def to_double(use: Use) -> Use:
-    """The use with all its floating-point tensors in fp64."""
-    changed = {
-        name: value.double()
-        for name, value in vars(use).items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    return replace(use, **changed)  # type: ignore[type-var]
-
-
 def _seconds(way: Way, rates: Rates) -> float:
     rate = rates.gram if way.method == "gram" else rates.tile
     return way.flops / rate + way.bytes / rates.bytes

@@ -46,6 +46,14 @@ def flat_float(tensor: Tensor, name: str, length: int | None = None) -> None:
         raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{expected}]")
 
 
+def flat_sum(tensor: Tensor, name: str, length: int) -> None:
+    """An accumulator: float32, or float64 for sums that are exact but for their own rounding."""
+    if tensor.dtype != torch.float64:
+        flat_float(tensor, name, length)
+    elif tensor.ndim != 1 or len(tensor) != length:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{length}]")
+
+
 def unit_count(offsets: Tensor | None, rows: int) -> int:
     """Number of units; checks that the offsets run from 0 to the number of rows without decreasing.
 

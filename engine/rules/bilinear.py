@@ -18,7 +18,7 @@ from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout, Length
 from synthward.engine.provenance import Target
 from synthward.engine.rules.outputs import owned
-from synthward.engine.rules.uses import DiagonalRows, Norms, Use, Weights, at_least_float, diagonal_use
+from synthward.engine.rules.uses import DiagonalRows, Norms, Use, Weights, diagonal_use
 from synthward.kernels import outer_sum
 
 # Memory for what is formed a few rows or units at a time.
@@ -90,7 +90,7 @@ class BilinearUse:
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         d, e = self.left.shape[1], self.right.shape[1]
         for first, last in _chunks(self.rows, 4 * d * e):
-            left, right, grads = (at_least_float(factor[first:last]) for factor in self._factors)
+            left, right, grads = (factor[first:last].float() for factor in self._factors)
             products = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
             outer_sum(products, grads, weights.rows[first:last], out=out.view(-1, d * e))
 

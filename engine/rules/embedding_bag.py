@@ -17,7 +17,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout, Length
 from synthward.engine.rules.bare import as_data
-from synthward.engine.rules.uses import Norms, Use, Weights, at_least_float
+from synthward.engine.rules.uses import Norms, Use, Weights
 from synthward.kernels import scatter_sq_norms, scatter_weighted_sum
 
 _OPERATION = "embedding_bag"
@@ -56,8 +56,8 @@ class BagUse:
         return self.output_grads
 
     def _id_grads(self) -> Tensor:
-        """Gradient of each id's own row, float32 (or float64) [M, p]."""
-        grads = at_least_float(self.output_grads).index_select(0, self.bags)
+        """Gradient of each id's own row, float32 [M, p]."""
+        grads = self.output_grads.float().index_select(0, self.bags)
         if self.weights is not None:
             grads *= self.weights.unsqueeze(1)
         # By choice and not by a factor: padding must not bring in what is not finite.

@@ -67,11 +67,6 @@ def is_compiled(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
-def at_least_float(tensor: Tensor) -> Tensor:
-    """Half precision as fp32; fp32 and fp64 as they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 class Weights:
     """Weight of each row in the released sum, float32 [N]. A row of weight zero is not there: the units whose norm
     is not finite have it, and 0 * inf would be NaN in a product, so it goes by choice and not by multiplication."""
@@ -178,7 +173,7 @@ class OuterUse:
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
-        total = g.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
+        total = out.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
         outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]), bias=total)
         if total is not None:
             weights.row_totals[id(g)] = total

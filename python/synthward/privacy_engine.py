@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from synthward.engine.accounting import Accountant, calibrate_noise_of, event_from_dict
+from synthward.engine.accounting import Accountant, Event, epsilon_of, event_from_dict
+from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.accounting.events import StepsEvent
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
@@ -37,11 +38,13 @@ _LEASE_STEPS = 100
 
 @dataclass
 class _Lease:
-    """What one module has leased of the ledger."""
+    """What one module has leased of the ledger, and the steps it took of a mechanism that is charged as a whole."""
 
     part: str
+    event: StepsEvent
     start: int = 0
     steps: int = 0
+    taken: int = 0
 
     def close(self, ledger: Ledger, step: int) -> None:
         """Give back what was not used by logical step `step`. A step before the lease (of a checkpoint loaded in
@@ -187,7 +190,7 @@ class PrivacyEngine:
             target_epsilon,
             target_delta,
             self.accountant.kind,
-            other_events=self.accountant.events,
+            other_events=self._spent(),
         )
         noise = NoiseSpec(multiplier, strategy, arithmetic)
         core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
@@ -212,10 +215,16 @@ class PrivacyEngine:
 
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far at `delta`; infinite without noise. Reading it changes nothing."""
-        key = (self.accountant.events, delta)
+        events = self._spent()
+        key = (tuple(events), delta)
         if key not in self._epsilons:
-            self._epsilons = {key: self.accountant.epsilon(delta)}
+            self._epsilons = {key: epsilon_of(events, delta, self.accountant.kind)}
         return self._epsilons[key]
+
+    def _spent(self) -> list[Event]:
+        """What all modules took so far. Steps of one mechanism are no sum: they are one event for each module."""
+        whole = [lease.event.with_steps(lease.taken) for lease in self._leases if lease.taken]
+        return [*self.accountant.events, *whole]
 
     def save_checkpoint(self, path: Path | str) -> None:
         """Parameters, moments, step counter and spent budget of the module made private last, to one
@@ -227,7 +236,7 @@ class PrivacyEngine:
         session = self._session()
         if session.core.has_sum:
             raise CheckpointError("a step is under way; call optimizer.step() before save_checkpoint()")
-        info = {"events": [event.to_dict() for event in self.accountant.events], "kind": self.accountant.kind}
+        info = {"events": [event.to_dict() for event in self._spent()], "kind": self.accountant.kind}
         save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
 
     def load_checkpoint(self, path: Path | str) -> None:
@@ -262,7 +271,10 @@ class PrivacyEngine:
             count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
             self.ledger.lease(event, step, count, part=lease.part)
             lease.start, lease.steps = step, count
-        self.accountant.compose(event)
+        if event.is_one_mechanism:
+            lease.taken += 1
+        else:
+            self.accountant.compose(event)
 
     def _sampling(
         self,
@@ -340,8 +352,10 @@ class PrivacyEngine:
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
             private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids)
-        lease = _Lease("" if self.ledger is None else self.ledger.new_part())
         event = sampling.event(core.noise, 1)
+        lease = _Lease("" if self.ledger is None else self.ledger.new_part(), event)
+        if self.ledger is not None:
+            self.ledger.add_key(self._keys.key_id, private=self._keys.is_private, part=lease.part)
         session = PrivateSession(
             core,
             loss_reduction=loss_reduction,

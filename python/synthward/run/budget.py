@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise, calibrate_noise_of, epsilon_of
+from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise, epsilon_of
+from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.errors import ConfigError
 from synthward.run.mechanism import Mechanism
 
