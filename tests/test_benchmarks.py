@@ -65,6 +65,14 @@ def test_a_step_of_a_model_is_measured():
     assert results() == before
 
 
+def test_errors_of_correlated_noise_are_measured():
+    before = results()
+    printed = run("correlated_noise", "--quick", "--dry")
+    errors = [float(line.split(" error ")[1].split()[0]) for line in printed if " error " in line]
+    assert len(errors) == 5 and all(0.0 < error < 100.0 for error in errors)
+    assert results() == before
+
+
 def test_parts_of_a_result_keep_each_other(tmp_path: Path, machine: ModuleType):
     machine.RESULTS = tmp_path / "results"
     machine.write_part("kernels", {"rows": [1]}, machine={"torch_threads": 1})

@@ -19,3 +19,4 @@ from synthward.engine.accounting.events import SelectionEvent as SelectionEvent
 from synthward.engine.accounting.events import StepsEvent as StepsEvent
 from synthward.engine.accounting.events import TruncatedPoissonGaussianEvent as TruncatedPoissonGaussianEvent
 from synthward.engine.accounting.events import event_from_dict as event_from_dict
+from synthward.engine.accounting.filter import RdpFilter as RdpFilter

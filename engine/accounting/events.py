@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
+from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.errors import ConfigError
 
-if TYPE_CHECKING:
-    from synthward.engine.accounting.matrix import Strategy
+# Neighbours: one unit more or less, or one unit replaced by another.
+ADD_OR_REMOVE_ONE = "add_or_remove_one"
+REPLACE_ONE = "replace_one"
+RELATIONS = (ADD_OR_REMOVE_ONE, REPLACE_ONE)
 
 
 class _Event:
@@ -122,6 +125,8 @@ class CorrelatedGaussianEvent(_StepsEvent):
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy: got {type(self.strategy).__name__}, expected a Strategy")
         _check_count("period", self.period)
         check_steps(self.steps)
 
@@ -302,8 +307,6 @@ def event_from_dict(data: dict[str, Any]) -> Event:
 def _field(name: str, value: Any, expected: type) -> Any:
     """One field of an event, of exactly the type that it should have."""
     if expected is dict and isinstance(value, dict):
-        from synthward.engine.accounting.matrix import Strategy
-
         return Strategy.from_dict(value)
     if expected is list and isinstance(value, list):
         # A selection holds no other: checked here too, so that a nested text can not exhaust the stack.
@@ -326,6 +329,18 @@ def _field(name: str, value: Any, expected: type) -> Any:
 def is_event(value: object) -> bool:
     """Whether this is one of the known events."""
     return isinstance(value, Event)
+
+
+def has_no_noise(event: Event) -> bool:
+    """Whether the event releases what it measures as it is."""
+    if isinstance(event, SelectionEvent):
+        return any(has_no_noise(inner) for inner in event.inner)
+    return not isinstance(event, ApproximateEvent) and event.noise_multiplier == 0.0
+
+
+def check_relation(value: str) -> None:
+    if value not in RELATIONS:
+        raise ConfigError(f"neighbouring relation: got {value!r}; choose one of {', '.join(RELATIONS)}")
 
 
 def check_sample_rate(value: float) -> None:

@@ -83,15 +83,18 @@ def _truncated(event: TruncatedPoissonGaussianEvent, relation: str) -> Any:
     Let n be the number of units, the one that is added included, and B the largest batch. When fewer than B of the
     others are drawn, nothing is cut and the step is the Poisson-sampled Gaussian. Otherwise (probability p) a unit that
     stays in the cut sample has taken the place of another: it moves the sum by up to 2 C, and stays with probability
-    q' = q E[B / (k + 1)] over the number k >= B of others drawn. The library mixes the two. With n, p grows and q'
-    falls; as long as the expected batch fits into B, p wins at every threshold of the hockey-stick divergence in both
-    directions (tests/accounting/test_truncated.py compares the curves of all n), so the largest n dominates all smaller
-    ones, alone and in composition. Beyond that the bound falls again with n, and is no bound for fewer units.
+    q' = q E[B / (k + 1)] over the number k >= B of others drawn. The library mixes the two.
+
+    With n, p grows by orders of magnitude and q' falls by a share of about 1 / B, so that epsilon grows: the answer at
+    the largest n covers all smaller ones (tests/accounting/test_truncated.py compares epsilon over n). It stops growing
+    where about every second draw is cut, and a batch with less than one standard deviation of room is refused well
+    before that.
     """
-    if event.sample_rate * event.max_units > event.max_batch_size:
+    mean = event.sample_rate * event.max_units
+    if event.max_batch_size < min(mean + math.sqrt(mean), event.max_units):
         raise ConfigError(
-            f"max batch size: {event.max_batch_size} is below the expected batch of {event.max_units} units "
-            f"(sample rate * units = {event.sample_rate * event.max_units:.6g}); raise it well above that"
+            f"max batch size: {event.max_batch_size} is too near to the expected batch of {event.max_units} units "
+            f"(sample rate * units = {mean:.6g}); give at least {math.ceil(mean + 4.5 * math.sqrt(mean))}"
         )
     _check_noise(event.noise_multiplier / 4.0)
     from dp_accounting.pld import privacy_loss_distribution

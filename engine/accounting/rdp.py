@@ -52,7 +52,7 @@ def rdp_epsilon(events: Sequence[Event], delta: float, relation: str = ADD_OR_RE
     kept = 1.0
     for event in events:
         if isinstance(event, ApproximateEvent):
-            kept *= (1.0 - _as_seen(event, relation).delta) ** event.count
+            kept *= (1.0 - as_seen(event, relation).delta) ** event.count
     left = (delta - (1.0 - kept)) / kept if kept > 0.0 else 0.0
     if left <= 0.0:
         return math.inf
@@ -89,7 +89,7 @@ def _curve(event: Event, orders: Sequence[float], relation: str) -> Curve:
         _refuse_replaced(event, relation)
         return event.steps * _truncated_curve(event, orders)
     if isinstance(event, ApproximateEvent):
-        epsilon = _as_seen(event, relation).epsilon
+        epsilon = as_seen(event, relation).epsilon
         # Bun & Steinke 2016, proposition 3.3.
         return event.count * np.minimum(epsilon, 0.5 * epsilon * epsilon * np.asarray(orders))
     return _library_curve(event, orders, relation)
@@ -160,7 +160,7 @@ def _truncated_curve(event: TruncatedPoissonGaussianEvent, orders: Sequence[floa
     )
 
 
-def _as_seen(event: ApproximateEvent, relation: str) -> ApproximateEvent:
+def as_seen(event: ApproximateEvent, relation: str) -> ApproximateEvent:
     """An approximate mechanism for this relation: replacing is a removal and an addition."""
     if relation == ADD_OR_REMOVE_ONE:
         return event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -98,7 +99,7 @@ def release_probability(threshold: int, noise_std: float, categories: int) -> fl
 
 
 def _units_by_category(
-    units: Units, column: NDArray[np.generic], counted: NDArray[np.bool_], most: int
+    units: Units, column: NDArray[Any], counted: NDArray[np.bool_], most: int
 ) -> dict[str, int]:
     """Units that have each category, of the first ``most`` categories of each unit in the order of its rows."""
     names, code = np.unique(column[counted], return_inverse=True)

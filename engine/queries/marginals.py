@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,7 +94,7 @@ def histogram(cells: NDArray[np.int64], weights: Weights, size: int) -> NDArray[
 
 
 def _cells(
-    codes: list[NDArray[np.generic]], shape: tuple[int, ...], units: Units, max_rows: int | None
+    codes: list[NDArray[Any]], shape: tuple[int, ...], units: Units, max_rows: int | None
 ) -> tuple[NDArray[np.int64], Weights]:
     """Cell of each row in the flattened table, and the weights of the rows whose codes are all levels."""
     counted = np.ones(units.num_rows, dtype=np.bool_)

@@ -47,7 +47,7 @@ class QueryMechanism:
         """Noised ``values``, float64 [n].
 
         Args:
-            arithmetic: "discrete" rounds the values to a grid, which is charged as more sensitivity (1.6e-5 of it at
+            arithmetic: "discrete" rounds the values to a grid, which is charged as more sensitivity (2.5e-4 of it at
                 the most), and adds integers to it, so that no bit of the answer tells how a value was represented
                 (`integer_noise`); values beyond 2^61 steps of the grid are cut off there. "float" adds float32
                 noise in float64, without that defence.
@@ -128,7 +128,7 @@ class QueryMechanism:
         _check_noise_std(noise_multiplier * reach)
         events = (ApproximateEvent(0.0, float(delta), 1), GaussianEvent(float(noise_multiplier), 1))
         self._charge(events, note)
-        counts = tap(
+        exact = tap(
             "counts_above",
             {name: float(counts[name]) for name in sorted(counts)},
             sensitivity=reach,
@@ -138,8 +138,8 @@ class QueryMechanism:
             delta=delta,
             note=note,
         )
-        noisy = self._noised(np.array(list(counts.values()), dtype=np.float64), noise_multiplier * reach)
-        return {name: float(count) for name, count in zip(counts, noisy, strict=True) if count >= threshold}
+        noisy = self._noised(np.array(list(exact.values()), dtype=np.float64), noise_multiplier * reach)
+        return {name: float(count) for name, count in zip(exact, noisy, strict=True) if count >= threshold}
 
     def _charge(self, events: tuple[Event, ...], note: str) -> None:
         for event in events:
@@ -172,8 +172,8 @@ def check_some_noise(noise_multiplier: float) -> None:
 
 
 def _grid(l2_sensitivity: float, size: int) -> float:
-    """A power of two at which rounding n coordinates costs at most 2^-16 of the sensitivity."""
-    grid = 2.0 ** math.floor(math.log2(l2_sensitivity) - 16 - math.log2(max(size, 1)) / 2)
+    """A power of two at which rounding n coordinates costs at most 2^-12 of the sensitivity."""
+    grid = 2.0 ** math.floor(math.log2(l2_sensitivity) - 12 - math.log2(max(size, 1)) / 2)
     if grid < 1e-300:
         raise PrivacyError(f"l2_sensitivity: got {l2_sensitivity!r}, too small a number; scale the values up")
     return grid

@@ -7,6 +7,7 @@ that one unit, added or removed, changes no other's part in a sum. No record rai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -58,8 +59,9 @@ class Units:
             raise DataError(
                 f"unit offsets: got {_said(array)}; give whole numbers, one more than there are units"
             )
-        sizes = np.diff(array.astype(np.int64))
-        if array[0] != 0 or (sizes < 0).any():
+        bounds = array.astype(np.int64)
+        sizes = bounds[1:] - bounds[:-1]
+        if bounds[0] != 0 or (sizes < 0).any():
             raise DataError("unit offsets: they start at 0 and never go down; these do not")
         return cls(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
@@ -113,7 +115,7 @@ class Units:
             return np.ones(self.num_rows, dtype=np.bool_)
         return self.column(where, "where", "b").astype(np.bool_)
 
-    def column(self, values: ArrayLike, name: str, kinds: str) -> NDArray[np.generic]:
+    def column(self, values: ArrayLike, name: str, kinds: str) -> NDArray[Any]:
         """``values`` as an array with one entry per row, of one of NumPy's kinds.
 
         Raises:
@@ -133,7 +135,7 @@ class Units:
 _KINDS = {"b": "true or false", "i": "whole numbers", "f": "floating-point numbers", "U": "text"}
 
 
-def _said(array: NDArray[np.generic]) -> str:
+def _said(array: NDArray[Any]) -> str:
     """Kind and number of axes of an array: its length is the records' own."""
     return f"an array of {array.dtype.name} with {array.ndim} axes"
 

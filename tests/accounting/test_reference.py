@@ -146,8 +146,8 @@ def test_a_delta_that_is_none_is_refused(bad):
 
 
 def test_other_relations_and_unknown_accountants_are_refused_by_name():
-    with pytest.raises(ConfigError, match="replace_one"):
-        Accountant("rdp", relation="replace_one")
+    with pytest.raises(ConfigError, match="swap_two"):
+        Accountant("rdp", relation="swap_two")
     with pytest.raises(ConfigError, match="moments"):
         Accountant("moments")
 

@@ -194,6 +194,22 @@ def test_the_schedule_makes_the_noise_of_the_dense_inverse(name):
     np.testing.assert_allclose(np.array(found), np.linalg.inv(dense(strategy.column(n))) @ white, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["banded", "blt"])
+def test_rounding_of_the_state_to_float32_does_not_grow(name):
+    strategy = MADE[name] if name == "banded" else blt_strategy(5000, 3, 1000)
+    n = 5000
+    white = np.random.default_rng(4).normal(size=(n, 8)).astype(np.float32)
+    state, found = np.zeros((state_slots(strategy), 8), dtype=np.float32), []
+    for step in range(n):
+        taps, weights, decays, gains = (np.array(v, dtype=np.float32) for v in noise_schedule(strategy, step))
+        noise = taps[0] * white[step] - weights @ state
+        state = decays[:, None] * state + gains[:, None] * noise
+        found.append(noise)
+    inverse = strategy.inverse_column(n)
+    exact = np.stack([np.convolve(inverse, column)[:n] for column in white.T.astype(np.float64)], axis=1)
+    assert np.abs(np.array(found) - exact).max() < 2e-5
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_noise_variance_is_that_of_the_rows_of_the_inverse(name):
     inverse = np.linalg.inv(dense(MADE[name].column(150)))

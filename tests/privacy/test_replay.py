@@ -169,13 +169,13 @@ def leak(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
         monkeypatch.setattr(training.Training, "__init__", init)
     elif what == "count in a file":
-        real_run = fit._run
+        real_run = fit.train_run
 
         def run(folder, train, *rest, **more):
             folder.update(records=train.num_rows)
             return real_run(folder, train, *rest, **more)
 
-        monkeypatch.setattr(fit, "_run", run)
+        monkeypatch.setattr(fit, "train_run", run)
     elif what == "draws apart":
         losses, backward = DiffusionGenerator.unit_losses, PrivateTrainer.backward
 

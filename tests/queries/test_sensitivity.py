@@ -40,7 +40,7 @@ HEAVY = [(0, 1, 7, 3.0, True)] * 4
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_the_declared_sensitivity_is_reached(query):
+def test_the_declared_sensitivity_is_reached_and_not_passed(query):
     """A unit with all rows in one place moves a query by (nearly) all that is declared: noise is not wasted."""
     others = [(1, 1, 7, 3.0, True), (1, 1, 8, 3.0, True), (1, 1, 9, 3.0, True)]
     spread = [(0, 1, code, -100.0, True) for code in (7, 8, 9)]
@@ -50,8 +50,8 @@ def test_the_declared_sensitivity_is_reached(query):
     second, *_ = asked(query, table.without(0), 1.0, first)
     release = first.releases[0]
     # Of quantiles the rounding is charged too, which this unit does not use.
-    least = 0.999 * release.sensitivity
-    assert release.distance(second.releases[0]) >= least
+    moved = release.distance(second.releases[0])
+    assert 0.999 * release.sensitivity <= moved <= release.sensitivity
 
 
 def test_a_tap_sees_what_is_asked_and_refuses_private_keys():

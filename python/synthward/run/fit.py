@@ -118,7 +118,7 @@ def fit_run(
         target_epsilon=epsilon,
         accountant=options.accountant,
     )
-    return _run(folder, train, keys, ledger, progress)
+    return train_run(folder, train, keys, ledger, progress)
 
 
 def _resume(
@@ -151,10 +151,10 @@ def _resume(
     keys = _new_keys(info["seed"])
     if not folder.ledger_path.is_file():
         raise CheckpointError(f"{folder.path}: the ledger is missing; a run without its ledger can not go on")
-    return _run(folder, train, keys, folder.open_ledger(), progress, resumed=True)
+    return train_run(folder, train, keys, folder.open_ledger(), progress, resumed=True)
 
 
-def _run(
+def train_run(
     folder: RunFolder,
     train: Records,
     keys: KeySchedule,
@@ -163,6 +163,7 @@ def _run(
     *,
     resumed: bool = False,
 ) -> RunFolder:
+    """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed."""
     with ledger:
         if resumed:
             ledger.add_key(keys.key_id, private=keys.is_private)
