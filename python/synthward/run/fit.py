@@ -77,6 +77,9 @@ def fit_run(
     mechanism = Mechanism.choose(
         options.sample_rate,
         options.steps,
+        epsilon=epsilon,
+        delta=delta,
+        accountant=options.accountant,
         noise=options.noise,
         bands=options.bands,
         max_units=options.max_units,

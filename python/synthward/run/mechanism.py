@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from synthward.engine import PrivacyPlan
-from synthward.engine.accounting import head_room
-from synthward.engine.accounting.events import StepsEvent
+from synthward.engine.accounting import calibrate_noise
+from synthward.engine.accounting.events import StepsEvent, TruncatedPoissonGaussianEvent
+from synthward.engine.accounting.head_room import HeadRoom, cost_of_cap, head_room
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.correlation import banded_inverse_strategy, banded_strategy, blt_strategy
 from synthward.engine.errors import CheckpointError, ConfigError
@@ -36,6 +37,9 @@ class Mechanism:
         sample_rate: float,
         steps: int,
         *,
+        epsilon: float,
+        delta: float,
+        accountant: str = "pld",
         noise: str = "independent",
         bands: int = 8,
         max_units: int | None = None,
@@ -54,7 +58,10 @@ class Mechanism:
             raise ConfigError(f"noise: got {noise!r}; choose one of {', '.join(NOISES)}")
         NoiseSpec(1.0, None, arithmetic)
         if noise == "independent":
-            cap = None if max_units is None else head_room(sample_rate, max_units, steps=steps)
+            cap = None
+            if max_units is not None:
+                uncut = calibrate_noise(epsilon, delta, sample_rate, steps, accountant)
+                cap = head_room(sample_rate, max_units, uncut, steps, delta, accountant).max_batch_size
             return cls(sample_rate, max_batch_size=cap, max_units=max_units, arithmetic=arithmetic)
         if max_units is not None or arithmetic != "float":
             raise ConfigError(
@@ -74,6 +81,11 @@ class Mechanism:
         """What `steps` steps cost."""
         sampling = SamplingSpec(self.sample_rate, 1.0, self.period, self.max_batch_size, self.max_units)
         return sampling.event(NoiseSpec(noise_multiplier, self.strategy, self.arithmetic), steps)
+
+    def head_room(self, noise_multiplier: float, steps: int, delta: float, accountant: str) -> HeadRoom | None:
+        """What the cap on a draw costs, or None without one."""
+        event = self.event(noise_multiplier, steps)
+        return cost_of_cap(event, delta, accountant) if isinstance(event, TruncatedPoissonGaussianEvent) else None
 
     def plan(
         self, noise_multiplier: float, max_grad_norm: float, steps: int, units: float
