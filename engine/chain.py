@@ -68,19 +68,21 @@ class Chain:
 
     @classmethod
     def create(cls, path: Path | str, form: Format, **header: Any) -> Chain:
-        """Start a file with its header line; an existing one is a `LedgerError`."""
+        """Start a file with its header line; an existing one is a `LedgerError`.
+
+        An empty file is none: that is what a process leaves that was killed before it wrote the header.
+        """
         path = Path(path)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            raise LedgerError(
-                f"{path}: a {form.noun} exists here already; its spend can not be reset"
-            ) from None
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise LedgerError(f"{path}: can not be written ({error.strerror}); {form.unspent}") from None
         chain = cls(path, form, descriptor)
+        chain._lock(0.0)
+        if os.fstat(descriptor).st_size:
+            chain.close()
+            raise LedgerError(f"{path}: a {form.noun} exists here already; its spend can not be reset")
         try:
-            chain._lock(0.0)
             chain.append("header", **header)
             _sync_folder(path)
         except BaseException:

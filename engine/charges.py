@@ -7,8 +7,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from synthward.engine.accounting import Event, StepsEvent, event_from_dict
+from synthward.engine.accounting import (
+    Event,
+    GaussianEvent,
+    RdpFilter,
+    StepsEvent,
+    calibrate_noise,
+    event_from_dict,
+)
 from synthward.engine.accounting.accountant import merge_events
+from synthward.engine.accounting.events import ADD_OR_REMOVE_ONE
 from synthward.engine.chain import Line
 from synthward.engine.errors import ConfigError
 
@@ -128,6 +136,14 @@ def charge_of_torn(torn: bytes, lines: Sequence[Line]) -> Event | None:
     found = re.search(r'"steps":([0-9]{1,12}),', text[end:])
     longest = max((line["steps"] for line in lines if line["kind"] == "lease"), default=1)
     return event.with_steps(max(event.steps, int(found.group(1)) if found else longest))
+
+
+def filter_for(target: float, delta: float, relation: str, planned: Sequence[Event] = ()) -> RdpFilter:
+    """A filter for what is planned, or for one Gaussian mechanism that spends all of the target."""
+    if not planned:
+        noise = calibrate_noise(target, delta, 1.0, 1, "rdp")
+        planned = [GaussianEvent(noise if relation == ADD_OR_REMOVE_ONE else 2.0 * noise, 1)]
+    return RdpFilter.planned(planned, delta, relation)
 
 
 def _charge_lease(charged: list[Event], parts: dict[str, _Leased], line: Line) -> None:

@@ -31,10 +31,12 @@ from synthward.engine.accounting.events import (
     check_epsilon,
     check_relation,
 )
+from synthward.engine.accounting.filter import RdpFilter
 from synthward.engine.chain import Chain, Format, Line, is_count
-from synthward.engine.charges import charge_of_torn, charges, check_goes_on, open_lease
+from synthward.engine.charges import charge_of_torn, charges, check_goes_on, filter_for, open_lease
 from synthward.engine.errors import (
     BudgetExceededError,
+    ConfigError,
     LedgerError,
     UnsupportedOperationError,
 )
@@ -69,7 +71,10 @@ _FORMAT = Format(
         "recovered": frozenset({"bytes", "digest", "event"}),
     },
     # `part`: which of several networks trained under one ledger a line is of; a key without one is the whole run's.
-    optional={part: frozenset({"part"}) for part in ("lease", "lease_close", "key")},
+    optional={
+        "header": frozenset({"filter"}),
+        **{kind: frozenset({"part"}) for kind in ("lease", "lease_close", "key")},
+    },
 )
 
 
@@ -79,6 +84,10 @@ class Ledger:
     Guarantees: when a method that charges returns, its line is on the disk; `epsilon` never reports less than
     what was released; an append that would pass ``target_epsilon`` raises `BudgetExceededError` and writes
     nothing.
+
+    The sum of an accountant holds for mechanisms that are fixed in advance: leases of one part are of one event. An
+    adaptive ledger lets noise and rates follow from what was released, accounted by the filter (`RdpFilter`) that its
+    header fixed, for its target.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -90,6 +99,8 @@ class Ledger:
         # Parts whose key this process has named; None is the whole run's.
         self._keyed: set[str | None] = set()
         self._answered: set[Event] = set()
+        fixed = self._lines[0].get("filter")
+        self._filter = None if fixed is None else RdpFilter.from_dict(fixed)
 
     @classmethod
     def create(
@@ -102,19 +113,41 @@ class Ledger:
         key_id: str,
         private: bool,
         target_epsilon: float | None = None,
-        accountant: str = "pld",
+        accountant: str | None = None,
         relation: str = ADD_OR_REMOVE_ONE,
+        adaptive: bool = False,
+        planned: Sequence[Event] = (),
     ) -> Ledger:
         """Start a ledger; an existing file is refused, so that no spend is ever reset.
 
         Args:
+            accountant: "pld" (default), "rdp" or "prv".
             relation: which data sets are neighbours, "add_or_remove_one" or "replace_one".
+            adaptive: noise and rates may be chosen during the run, within `target_epsilon`, by RDP.
+            planned: of an adaptive ledger, what is expected; its filter costs least for such. By default one Gaussian
+                mechanism that spends all.
+
+        Raises:
+            UnsupportedOperationError: an adaptive ledger with an accountant that has no valid filter.
         """
         check_delta(delta)
         if target_epsilon is not None:
             check_epsilon(target_epsilon)
+        accountant = accountant or ("rdp" if adaptive else "pld")
         check_accountant(accountant)
         check_relation(relation)
+        fixed = {}
+        if adaptive:
+            if accountant != "rdp":
+                raise UnsupportedOperationError(
+                    f"accountant: {accountant!r} is no bound where parameters are chosen during a run; an adaptive "
+                    "ledger needs 'rdp'"
+                )
+            if target_epsilon is None:
+                raise ConfigError(
+                    "target_epsilon: is missing; an adaptive ledger guarantees a target, fixed before"
+                )
+            fixed["filter"] = filter_for(target_epsilon, delta, relation, planned).to_dict()
         ledger = cls(
             Chain.create(
                 path,
@@ -128,6 +161,7 @@ class Ledger:
                 key_id=key_id,
                 private=private,
                 target_epsilon=target_epsilon,
+                **fixed,
             )
         )
         ledger._keyed.add(None)
@@ -163,6 +197,11 @@ class Ledger:
     def is_private(self) -> bool:
         """False when any key of the run came from a seed."""
         return all(line["private"] for line in self._lines if line["kind"] in ("header", "key"))
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether parameters may change during the run."""
+        return self._filter is not None
 
     def holds(self, head: str) -> bool:
         """Whether ``head`` was this ledger's head at some time."""
@@ -252,7 +291,10 @@ class Ledger:
         return charges(self._lines, self._torn)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
-        """Epsilon of all that was charged; at the ledger's own delta and accountant by default."""
+        """Epsilon of all that was charged; at the ledger's own delta and accountant by default.
+
+        Of an adaptive ledger: the filter's, which is held against the target. There is no other then.
+        """
         return self._cost(self.events(), delta, accountant)
 
     def close(self) -> None:
@@ -271,15 +313,25 @@ class Ledger:
         self, events: Sequence[Event], delta: float | None = None, accountant: str | None = None
     ) -> float:
         header = self._lines[0]
-        return epsilon_of(
-            events,
-            header["delta"] if delta is None else delta,
-            accountant or header["accountant"],
-            header["relation"],
-        )
+        delta = header["delta"] if delta is None else delta
+        accountant = accountant or header["accountant"]
+        if self._filter is None:
+            return epsilon_of(events, delta, accountant, header["relation"])
+        if (delta, accountant) != (header["delta"], header["accountant"]):
+            raise ConfigError(
+                f"{self.path}: is adaptive: its filter was fixed at delta {header['delta']:g} by RDP, and another sum "
+                "is no bound"
+            )
+        return self._filter.epsilon(events)
 
     def _check_unchanged(self, event: StepsEvent, part: str) -> None:
         """Parameters that change may have been chosen from what was released; a sum does not hold for those."""
+        if self.is_adaptive:
+            if event.is_one_mechanism:
+                raise UnsupportedOperationError(
+                    f"{self.path}: is adaptive, and {event.kind!r} steps are one mechanism that is fixed in advance"
+                )
+            return
         first = next(
             (x for x in self._lines if x["kind"] == "lease" and x.get("part", "") == part),
             None,
@@ -319,7 +371,7 @@ class Ledger:
         if target is None:
             return
         after = self._cost(charges([*self._lines, line], self._torn))
-        if after > target * (1.0 + _SLACK):
+        if after > target * (1.0 if self.is_adaptive else 1.0 + _SLACK):
             raise BudgetExceededError(
                 f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta "
                 f"{header['delta']:g}; training stops here"
@@ -374,6 +426,12 @@ def _check_header(line: Line) -> None:
         check_epsilon(line["target_epsilon"])
     if not all(isinstance(line[name], str) for name in ("run_id", "unit")):
         raise ValueError("names no run or no unit")
+    if "filter" in line:
+        fixed = RdpFilter.from_dict(line["filter"])
+        if (fixed.delta, fixed.relation, "rdp") != (line["delta"], line["relation"], line["accountant"]):
+            raise ValueError("has a filter of something else")
+        if line["target_epsilon"] is None:
+            raise ValueError("has a filter and no target")
     _check_key(line)
 
 

@@ -5,8 +5,14 @@ from synthward.engine.accounting.accountant import Accountant as Accountant
 from synthward.engine.accounting.accountant import epsilon_curve as epsilon_curve
 from synthward.engine.accounting.accountant import epsilon_of as epsilon_of
 from synthward.engine.accounting.calibrate import calibrate_noise as calibrate_noise
+from synthward.engine.accounting.calibrate import calibrate_noise_of as calibrate_noise_of
 from synthward.engine.accounting.calibrate import calibrate_sample_rate as calibrate_sample_rate
+from synthward.engine.accounting.calibrate import calibrate_sample_rate_of as calibrate_sample_rate_of
 from synthward.engine.accounting.calibrate import calibrate_steps as calibrate_steps
+from synthward.engine.accounting.calibrate import calibrate_steps_of as calibrate_steps_of
+from synthward.engine.accounting.events import ADD_OR_REMOVE_ONE as ADD_OR_REMOVE_ONE
+from synthward.engine.accounting.events import RELATIONS as RELATIONS
+from synthward.engine.accounting.events import REPLACE_ONE as REPLACE_ONE
 from synthward.engine.accounting.events import ApproximateEvent as ApproximateEvent
 from synthward.engine.accounting.events import CorrelatedGaussianEvent as CorrelatedGaussianEvent
 from synthward.engine.accounting.events import CyclicPoissonGaussianEvent as CyclicPoissonGaussianEvent
@@ -20,3 +26,9 @@ from synthward.engine.accounting.events import StepsEvent as StepsEvent
 from synthward.engine.accounting.events import TruncatedPoissonGaussianEvent as TruncatedPoissonGaussianEvent
 from synthward.engine.accounting.events import event_from_dict as event_from_dict
 from synthward.engine.accounting.filter import RdpFilter as RdpFilter
+from synthward.engine.accounting.head_room import HeadRoom as HeadRoom
+from synthward.engine.accounting.head_room import cost_of_cap as cost_of_cap
+from synthward.engine.accounting.head_room import head_room as head_room
+from synthward.engine.accounting.tuning import TrialBudget as TrialBudget
+from synthward.engine.accounting.tuning import calibrate_trial as calibrate_trial
+from synthward.engine.accounting.tuning import draw_trials as draw_trials

@@ -84,7 +84,7 @@ def calibrate_noise_of(
             f"epsilon {target_epsilon:g} is already spent by what comes before the training steps"
         )
     # Without sampling, the steps are one Gaussian mechanism of the noise over their square root (or sensitivity).
-    least = max(_LEAST_NOISE * _dilution(event) for event in _as_list(events(1.0)))
+    least = max(_LEAST_NOISE * _dilution(event) for event in as_list(events(1.0)))
     noise = least_fit(
         events,
         target_epsilon,
@@ -134,7 +134,7 @@ def calibrate_steps_of(
     check_epsilon(target_epsilon)
 
     def fits(steps: int) -> bool:
-        spent = [*other_events, *_as_list(events(steps))]
+        spent = [*other_events, *as_list(events(steps))]
         return epsilon_of(spent, delta, accountant, relation) <= target_epsilon
 
     if not fits(1):
@@ -224,7 +224,7 @@ def least_fit(
     """
 
     def epsilon(value: float, kind: str = accountant, of: str = relation) -> float:
-        return epsilon_of([*other_events, *_as_list(events(value))], delta, kind, of)
+        return epsilon_of([*other_events, *as_list(events(value))], delta, kind, of)
 
     high = start
     while (
@@ -280,5 +280,5 @@ def _dilution(event: Event) -> float:
     return 1.0
 
 
-def _as_list(events: Events) -> list[Event]:
+def as_list(events: Events) -> list[Event]:
     return list(events) if isinstance(events, Sequence) else [events]

@@ -75,8 +75,8 @@ class TruncatedPoissonGaussianEvent(_StepsEvent):
         check_sample_rate(self.sample_rate)
         check_noise_multiplier(self.noise_multiplier)
         check_steps(self.steps)
-        _check_count("max batch size", self.max_batch_size)
-        _check_count("max units", self.max_units)
+        check_count("max batch size", self.max_batch_size)
+        check_count("max units", self.max_units)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class CyclicPoissonGaussianEvent(_StepsEvent):
     def __post_init__(self) -> None:
         check_sample_rate(self.sample_rate)
         check_noise_multiplier(self.noise_multiplier)
-        _check_count("period", self.period)
+        check_count("period", self.period)
         check_steps(self.steps)
 
     @property
@@ -127,7 +127,7 @@ class CorrelatedGaussianEvent(_StepsEvent):
         check_noise_multiplier(self.noise_multiplier)
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy: got {type(self.strategy).__name__}, expected a Strategy")
-        _check_count("period", self.period)
+        check_count("period", self.period)
         check_steps(self.steps)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class FixedSizeGaussianEvent(_StepsEvent):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_count("number of units", self.num_units)
-        _check_count("batch size", self.batch_size)
+        check_count("number of units", self.num_units)
+        check_count("batch size", self.batch_size)
         if self.batch_size > self.num_units:
             raise ConfigError(
                 f"batch size: got {self.batch_size}, more than the {self.num_units} units that there are"
@@ -368,7 +368,7 @@ def check_epsilon(value: float) -> None:
         raise ConfigError(f"epsilon: got {value!r}; give a positive finite number, for example 3")
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}: got {value!r}; give a whole number of at least 1")
 

@@ -60,8 +60,10 @@ def gamma_of(mean_trials: float, shape: float) -> float:
         return 1.0
     if shape == 1.0:
         return 1.0 / mean_trials
-    low = -math.log(mean_trials) - 50.0
-    root = float(brentq(lambda x: math.log(_mean_of(math.exp(x), shape) / mean_trials), low, -1e-12))
+    low, high = -math.log(mean_trials) - 50.0, -1e-12
+    if _mean_of(math.exp(high), shape) >= mean_trials:
+        return math.exp(high)
+    root = float(brentq(lambda x: math.log(_mean_of(math.exp(x), shape) / mean_trials), low, high))
     return math.exp(root - 1e-10)
 
 

@@ -20,7 +20,7 @@ import typer
 from typer.main import get_command
 
 from synthward import __version__
-from synthward.commands import accounting, cohort, evaluate, fit, sample, schema, simulate, statement
+from synthward.commands import accounting, audit, cohort, evaluate, fit, sample, schema, simulate, statement
 from synthward.commands.common import Interrupted
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 128 + signal.SIGINT
@@ -54,6 +54,7 @@ app.command("fit")(fit.fit)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("statement")(statement.statement)
+app.command("audit")(audit.audit)
 app.command("cohort")(cohort.cohort)
 app.command("account")(accounting.account)
 app.command("ledger")(accounting.ledger)

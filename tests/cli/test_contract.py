@@ -14,7 +14,18 @@ import pytest
 
 from tests.commandline import Outcome, command, environment
 
-COMMANDS = ("simulate", "schema", "fit", "sample", "evaluate", "statement", "cohort", "account", "ledger")
+COMMANDS = (
+    "simulate",
+    "schema",
+    "fit",
+    "sample",
+    "evaluate",
+    "statement",
+    "audit",
+    "cohort",
+    "account",
+    "ledger",
+)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from synthward.engine.accounting import (
     event_from_dict,
 )
 from synthward.engine.accounting.matrix import Strategy
+from synthward.engine.budget import DatasetBudget
 from synthward.engine.errors import CheckpointError, LedgerError, SchemaError
 from synthward.engine.ledger import Ledger
 from synthward.report import Guarantee, PrivacyDocuments, read_facts, render_documents, write_documents
@@ -299,3 +300,46 @@ def test_markup_in_a_schema_stays_text(tmp_path):
     page = render_documents(bundle, tmp_path / "s.html").read_text()
     assert "<b>cost" not in page and "<i>x" not in page and "<script" not in page
     assert "&lt;b&gt;cost&lt;/b&gt; {{ 7*7 }}" in page
+
+
+def test_the_budget_of_the_data_set_counts_all_releases(tmp_path):
+    run, file = make_run(tmp_path / "run"), tmp_path / "patients.budget"
+    budget = DatasetBudget.create(file, epsilon=20.0, delta=1e-6, unit="patient", dataset="the ward")
+    with pytest.raises(LedgerError, match="does not know"):
+        read_facts(run, file)
+    other, head = GaussianEvent(9.5, 2), read_facts(run).ledger.head
+    budget.reserve("counts of may", [other], unit="patient")
+    budget.reserve("1234abcd", [QUERY, TRAINING], unit="patient")
+    budget.start("1234abcd")
+    budget.settle("1234abcd", [QUERY, TRAINING], ledger_head=head)
+    statement = write_statement(read_facts(run, file))
+    found = statement.data_set
+    assert found is not None and (found.name, found.releases, found.state) == ("the ward", 2, "settled")
+    assert found.total.epsilon == 20.0 and found.counted.epsilon == budget.spent()
+    assert found.counted.epsilon > statement.guarantee.epsilon
+    text = said(section(statement, "other-releases"))
+    assert f"epsilon {format_epsilon(budget.spent())} at delta 1e-06" in text and "2 releases" in text
+    assert "knows of this run alone" not in " ".join(statement.residual_risks)
+    with Ledger.open(run / "ledger.jsonl") as ledger:
+        ledger.append_event(GaussianEvent(50.0, 1), note="one more")
+    with pytest.raises(LedgerError, match="another ledger"):
+        read_facts(run, file)
+    seeded = make_run(tmp_path / "seeded", private=False)
+    assert read_facts(seeded).data_set is None
+
+
+def test_an_adaptive_run_is_told_as_one_and_bounded_by_its_filter_alone(tmp_path):
+    facts = read_facts(make_run(tmp_path / "run"))
+    fixed, adaptive = write_statement(facts), write_statement(dataclasses.replace(facts, adaptive=True))
+    assert "fully adaptive filter" in said(section(adaptive, "parameters"))
+    assert "fully adaptive filter" not in said(section(fixed, "parameters"))
+    assert any("followed from what was released" in line for line in adaptive.assumptions)
+    for loose, close in zip(adaptive.interpretation.rates, fixed.interpretation.rates, strict=True):
+        assert loose.true_positive_rate >= close.true_positive_rate
+
+
+def test_a_signature_is_named_and_not_vouched_for(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Signature" not in said(section(write_statement(read_facts(run)), "security"))
+    (run / "attestation.dsse.json").write_text("{}")
+    assert "`synthward verify` checks it" in said(section(write_statement(read_facts(run)), "security"))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, budget_line, emit, interruptible
+from synthward.commands.common import Json, budget_line, emit, interruptible, remark
 
 
 @interruptible("run the command again")
@@ -27,10 +27,33 @@ def account(
         ),
     ] = None,
     accountant: Annotated[str, typer.Option("--accountant", help="pld, rdp or prv.")] = "pld",
+    relation: Annotated[
+        str, typer.Option("--relation", help="Neighbours: add_or_remove_one or replace_one.")
+    ] = "add_or_remove_one",
+    sampling: Annotated[
+        str,
+        typer.Option(
+            "--sampling",
+            help="poisson, truncated (static batch), cyclic (banded noise) or none (no amplification).",
+        ),
+    ] = "poisson",
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch-size", help="truncated: largest batch; chosen with head-room if not given."
+        ),
+    ] = None,
+    max_units: Annotated[
+        int | None, typer.Option("--max-units", help="truncated: public upper bound of the number of units.")
+    ] = None,
+    period: Annotated[
+        int | None, typer.Option("--period", "--bands", help="cyclic: groups of units, and most bands.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Epsilon of a DP-SGD run, or the noise, rate or steps that a target epsilon allows."""
     from synthward.commands.account import account as solve
+    from synthward.commands.account import head_room_line
     from synthward.engine.errors import ConfigError
 
     if delta is None:
@@ -42,7 +65,14 @@ def account(
         delta=delta,
         target_epsilon=target_epsilon,
         accountant=accountant,
+        relation=relation,
+        sampling=sampling,
+        max_batch_size=max_batch_size,
+        max_units=max_units,
+        period=period,
     )
+    if (line := head_room_line(result)) is not None:
+        remark(line)
     emit(result, _lines(result), as_json=json)
 
 

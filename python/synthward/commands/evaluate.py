@@ -86,8 +86,10 @@ def write_report(
     schema, info, known = folder.schema, folder.info, read_facts(run)
     spent = spent_budget(folder)
     with Ledger.open(folder.ledger_path, readonly=True) as ledger:
-        curve = epsilon_curve(ledger.events(), info["delta"], CURVE_POINTS, info["accountant"])
-        head = ledger.head
+        header, head = ledger.header, ledger.head
+        curve = epsilon_curve(
+            ledger.events(), header["delta"], CURVE_POINTS, header["accountant"], header["relation"]
+        )
     with _counting(progress, "read") as count:
         train = read_records(real, schema, progress=count)
     split = info["holdout"]

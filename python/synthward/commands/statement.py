@@ -19,6 +19,10 @@ def statement(
         Path | None,
         typer.Option("--out", help="File to write, .html or .json; default: print the statement."),
     ] = None,
+    budget: Annotated[
+        Path | None,
+        typer.Option("--budget", help="Budget file of the data set: adds what all releases cost together."),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -31,7 +35,7 @@ def statement(
         if out.suffix.lower() not in KINDS:
             raise ConfigError(f"--out: got {out}; name a file that ends in {' or '.join(KINDS)}")
         refuse_existing(out, overwrite)
-    bundle = write_documents(read_facts(run))
+    bundle = write_documents(read_facts(run, budget))
     if out is not None:
         write = save_documents if out.suffix.lower() == ".json" else render_documents
         write(bundle, out, overwrite=overwrite)

@@ -24,15 +24,22 @@ def residual_risks(facts: RunFacts) -> tuple[str, ...]:
     """What may still harm a person although the statement holds."""
     assert facts.guarantee is not None
     noun = facts.unit.noun
-    pair = "" if noun == "row" else f" under several values of {facts.unit.column!r}"
+    several = "rows" if noun == "row" else f"values of {facts.unit.column!r}"
     lines = [
         _arithmetic(facts),
         "Side channels: timing, memory, logs, access to the machine or to the run's folder while it trains.",
-        f"A person with records{pair} in several {noun}s: epsilon grows with their number.",
+        f"A person with several {several}: epsilon grows with their number.",
         "Group facts: what holds for most people of a kind can be learned, and used against them, from any accurate "
         "release.",
-        "Composition: this statement knows of this run alone. Other releases from the same records add to it.",
     ]
+    if facts.data_set is None:
+        lines.append(
+            "Composition: this statement knows of this run alone. Other releases from the same records add."
+        )
+    else:
+        lines.append(
+            "Composition: only releases that are in the data set's budget file are counted; others add."
+        )
     if not any(isinstance(event, SelectionEvent) for event in facts.events):
         lines.append(
             "Choosing this run among several by results on the records was not charged, if it was done."
@@ -100,6 +107,9 @@ def _security(facts: RunFacts) -> Section:
         keys = f"{facts.ledger.keys} (one, and one more for every time the run was resumed)"
         origin = "secret, not fixed by a seed" if facts.is_private else "not all secret"
         table = [Fact(name="Random keys", value=f"{keys}; {origin}")]
+    if facts.signed:
+        signed = "attestation.dsse.json in the run's folder; `synthward verify` checks it"
+        table.append(Fact(name="Signature over the run's files", value=signed))
     paragraphs = [
         "The guarantee is about what is released. It does not protect the records where they are stored and read: a "
         "breach there undoes it for those records."

@@ -42,7 +42,8 @@ def _composition(facts: RunFacts) -> tuple[Entry, ...]:
     return (
         Entry(
             question="What do the instances that comprise the dataset represent?",
-            answer="Invented rows. No row is the record of a person, and none carries an identifier.",
+            answer="Rows drawn from a generator. None was taken from a record, though one may equal a record by "
+            "chance; none carries an identifier.",
         ),
         Entry(
             question="How many instances are there in total?",

@@ -120,6 +120,26 @@ class Audit(Document):
     withheld: Annotated[int, Field(ge=0)]
 
 
+class DataSetBudget(Document):
+    """The budget file of a data set: what all releases from it may cost, and what they count for so far.
+
+    Attributes:
+        name: of the data set, as declared.
+        total: what all of them together may cost.
+        counted: what those in the file cost at most, unfinished ones whole.
+        releases: how many they are.
+        state: of this run in the file.
+        head: SHA-256 of the file's last line.
+    """
+
+    name: str
+    total: Guarantee
+    counted: Guarantee
+    releases: Annotated[int, Field(ge=1)]
+    state: str
+    head: str
+
+
 class Fact(Document):
     """One row of a table."""
 
@@ -146,6 +166,7 @@ class Statement(Document):
     guarantee: Guarantee | None
     budget: Guarantee | None
     interpretation: Interpretation | None
+    data_set: DataSetBudget | None
     mechanisms: tuple[Mechanism, ...]
     audit: Audit | None
     sections: tuple[Section, ...]
@@ -158,7 +179,7 @@ class Statement(Document):
     def _claims_only_what_is_private(self) -> Statement:
         if self.private != (self.guarantee is not None):
             raise ValueError("a statement is private exactly when it has a guarantee")
-        if not self.private and (self.budget or self.interpretation):
+        if not self.private and (self.budget or self.interpretation or self.data_set):
             raise ValueError("a statement that is not private claims nothing")
         return self
 

@@ -14,7 +14,8 @@ from synthward.engine.accounting import Event
 from synthward.engine.errors import CheckpointError, LedgerError
 from synthward.engine.ledger import Ledger
 from synthward.report.audited import read_audit
-from synthward.report.documents import Audit, AuditCheck, Guarantee, Relation, Unit
+from synthward.report.budgets import read_data_set
+from synthward.report.documents import Audit, AuditCheck, DataSetBudget, Guarantee, Relation, Unit
 from synthward.report.mechanisms import QUERIES
 from synthward.report.settings import settings_table
 from synthward.schema import Schema, load_schema
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # As synthward.run names them; importing that would load torch.
 RUN_FILE, SCHEMA_FILE, LEDGER_FILE = "run.json", "schema.toml", "ledger.jsonl"
-ENCODER_FILE, AUDIT_FILE = "encoder.json", "audit.json"
+ENCODER_FILE, AUDIT_FILE, ATTESTATION_FILE = "encoder.json", "audit.json", "attestation.dsse.json"
 
 SEEDED = (
     "Its random numbers were made from a seed so that it can be repeated exactly. Whoever knows or guesses the seed "
@@ -54,6 +55,9 @@ class RunFacts:
         relation: which data sets are neighbours.
         guarantee: None where the run is not private; then ``not_private`` says why.
         budget: the guarantee that the run was planned for.
+        data_set: the budget file of the data set, where one was given.
+        adaptive: noise and rates could follow from what was released before, under a filter fixed before the run.
+        signed: there is an attestation in the folder (it is not checked here).
         events: everything charged, equal mechanisms together; () where no ledger was given.
         notes: what charged queries were for, as the ledger notes it.
         ledger: None where no ledger was given.
@@ -73,6 +77,9 @@ class RunFacts:
     guarantee: Guarantee | None
     not_private: str | None
     budget: Guarantee | None = None
+    data_set: DataSetBudget | None = None
+    adaptive: bool = False
+    signed: bool = False
     events: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
     ledger: LedgerFacts | None = None
@@ -106,15 +113,20 @@ class RunFacts:
         """The same run with nothing claimed: where two sources differ on whether it is private, it is not."""
         if self.guarantee is None:
             return self
-        return replace(self, guarantee=None, budget=None, units=None, records=None, not_private=NOT_SAID)
+        nothing: dict[str, None] = dict.fromkeys(("guarantee", "budget", "data_set", "units", "records"))
+        return replace(self, not_private=NOT_SAID, **nothing)  # type: ignore[arg-type]
 
 
-def read_facts(run: Path) -> RunFacts:
+def read_facts(run: Path, budget: Path | None = None) -> RunFacts:
     """Facts of a run folder; no record is needed, and nothing is written.
+
+    Args:
+        run: the folder.
+        budget: the budget file of the data set, which has to know the run.
 
     Raises:
         CheckpointError: ``run`` is no run folder, or a file of it is damaged.
-        LedgerError: the ledger is missing, broken, or not of the run that run.json describes.
+        LedgerError: the ledger is missing, broken, or not of the run that run.json or the budget file describes.
         SchemaError: the schema is missing or damaged.
     """
     run = Path(run)
@@ -126,6 +138,7 @@ def read_facts(run: Path) -> RunFacts:
         _same_run(run, info, header)
         epsilon, is_private = ledger.epsilon(), ledger.is_private and info.get("private") is True
         lines, head = ledger.lines, ledger.head
+    data_set = None if budget is None else read_data_set(budget, header["run_id"], head)
     schema = load_schema(run / SCHEMA_FILE)
     if info.get("schema_fingerprint") not in (None, schema.fingerprint()):
         raise CheckpointError(f"{run}: {SCHEMA_FILE} is not the one that the run was begun with; put it back")
@@ -143,6 +156,9 @@ def read_facts(run: Path) -> RunFacts:
         guarantee=guarantee,
         not_private=why_not,
         budget=guarantee.model_copy(update={"epsilon": float(target)}) if guarantee and target else None,
+        data_set=data_set if guarantee else None,
+        adaptive="filter" in lines[0],
+        signed=(run / ATTESTATION_FILE).is_file(),
         events=events,
         notes=tuple(dict.fromkeys(str(line["note"]) for line in lines if line.get("note"))),
         ledger=LedgerFacts(

@@ -41,11 +41,11 @@ def interpret(guarantee: Guarantee, events: Sequence[Event] = ()) -> Interpretat
 
 def privacy_curve(guarantee: Guarantee, events: Sequence[Event]) -> list[tuple[float, float]]:
     """(epsilon, delta) pairs that the events satisfy, at larger deltas than the guarantee's."""
-    if not events or guarantee.relation != "add_or_remove_one":
+    if not events:
         return []
     try:
         return [
-            (epsilon_of(events, delta, guarantee.accountant), delta)
+            (epsilon_of(events, delta, guarantee.accountant, guarantee.relation), delta)
             for delta in DELTAS
             if delta > guarantee.delta
         ]

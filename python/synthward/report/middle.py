@@ -21,7 +21,7 @@ def _algorithms(facts: RunFacts) -> Section:
         paragraphs.append("No ledger was given: the mechanisms are not listed here.")
     else:
         paragraphs.append(
-            "Everything that touched the records is listed here. Each mechanism was written to the ledger, and the "
+            "Every mechanism of the run that used the records is listed here. Each was written to the ledger, and the "
             "line flushed to the disk, before its result was used; epsilon is recomputed from these lines alone."
         )
     if facts.notes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 from synthward.report.base import base_sections, residual_risks
-from synthward.report.documents import AuditCheck, Fact, Interpretation, Section, Statement
+from synthward.report.documents import AuditCheck, DataSetBudget, Fact, Interpretation, Section, Statement
 from synthward.report.facts import RunFacts
 from synthward.report.meaning import interpret
-from synthward.report.mechanisms import SAMPLED, describe_events, flatten
+from synthward.report.mechanisms import SAMPLED, TRAINING, describe_events, flatten
 from synthward.report.middle import middle_sections
 from synthward.report.numbers import format_delta, format_epsilon, percent_up, round_up
 
@@ -33,7 +33,8 @@ ACCOUNTANTS = {
 def write_statement(facts: RunFacts) -> Statement:
     """The statement of a run; all of it is public or paid for."""
     guarantee = facts.guarantee
-    meaning = None if guarantee is None else interpret(guarantee, facts.events)
+    # An adaptive run is bounded by its filter alone: its events were not fixed before, as an accountant's sum needs.
+    meaning = None if guarantee is None else interpret(guarantee, () if facts.adaptive else facts.events)
     top = [_parameters(facts, meaning), _unit(facts), _other_releases(facts), _audit(facts)]
     return Statement(
         outline=OUTLINE,
@@ -42,6 +43,7 @@ def write_statement(facts: RunFacts) -> Statement:
         guarantee=guarantee,
         budget=facts.budget,
         interpretation=meaning,
+        data_set=facts.data_set,
         mechanisms=describe_events(facts.events, facts.unit),
         audit=facts.audit if facts.is_private else None,
         sections=tuple([*top, *middle_sections(facts), *base_sections(facts)]),
@@ -56,7 +58,9 @@ def _headline(facts: RunFacts) -> str:
     if facts.guarantee is None:
         return "This run is not private. Treat generator and synthetic rows like the records themselves."
     spent = f"({format_epsilon(facts.guarantee.epsilon)}, {format_delta(facts.guarantee.delta)})"
-    run = "training run" if facts.status in (None, "complete") else "training run, so far,"
+    queries_only = facts.events and not any(isinstance(e, TRAINING) for e in flatten(facts.events))
+    run = "run" if queries_only else "training run"
+    run += "" if facts.status in (None, "complete") else ", so far,"
     return f"The {run} is {spent}-differentially private for every {facts.unit.name}."
 
 
@@ -68,6 +72,8 @@ def _parameters(facts: RunFacts, meaning: Interpretation | None) -> Section:
         )
     version = facts.software.get("dp-accounting", "unknown")
     name = ACCOUNTANTS.get(guarantee.accountant, guarantee.accountant)
+    if facts.adaptive:
+        name = f"fully adaptive filter by {name}, its orders fixed before the run"
     table = [
         Fact(name="Epsilon", value=format_epsilon(guarantee.epsilon)),
         Fact(name="Delta", value=format_delta(guarantee.delta)),
@@ -134,7 +140,7 @@ def _unit(facts: RunFacts) -> Section:
         else f"A person with several values of {facts.unit.column!r} is protected less."
     )
     size = (
-        f"Whether the number of {noun}s is known makes no difference: it is protected too."
+        f"The number of {noun}s is treated as private too."
         if facts.relation == "add_or_remove_one"
         else f"The number of {noun}s counts as public under this relation."
     )
@@ -165,15 +171,38 @@ def _other_releases(facts: RunFacts) -> Section:
     else:
         text = (
             "Every other release from the same records counts as well: another run, another setting that was tried, "
-            "a table published without noise. Epsilons and deltas of private releases add up at most; a release that "
+            "a table published without noise. Epsilons and deltas of private releases add up, at most; a release that "
             "is not private has no bound, and this statement does not mend that."
         )
+    table = [] if facts.data_set is None else _data_set(facts.data_set)
     return Section(
         id="other-releases",
         heading="Mixing differential privacy with other data releases",
         level="top",
         paragraphs=(text,),
+        table=tuple(table),
     )
+
+
+def _data_set(found: DataSetBudget) -> list[Fact]:
+    """The budget file in words; epsilons of all releases stand with its delta, unit and relation."""
+    meant = (
+        f"at delta {format_delta(found.total.delta)}, for every {found.total.unit.name}, "
+        f"{found.total.relation.replace('_', ' ')}"
+    )
+    counted = "1 release counts" if found.releases == 1 else f"{found.releases:,} releases count"
+    return [
+        Fact(
+            name="Budget file of the data set",
+            value=f"{found.name or 'unnamed'}; this run is {found.state} in it",
+        ),
+        Fact(name="Total of all releases", value=f"epsilon {format_epsilon(found.total.epsilon)} {meant}"),
+        Fact(
+            name="Counted so far",
+            value=f"epsilon {format_epsilon(found.counted.epsilon)} {meant}; {counted}, unfinished ones whole",
+        ),
+        Fact(name="Last entry of the budget file (SHA-256)", value=found.head),
+    ]
 
 
 def _audit(facts: RunFacts) -> Section:
@@ -225,6 +254,10 @@ def _held_constant(facts: RunFacts) -> tuple[str, ...]:
     if facts.settings:
         chosen = ", ".join(f"{name} {text}" for name, text in facts.settings)
         lines.append(f"The settings: {chosen}.")
+    if facts.holdout:
+        lines.append(
+            f"The share of {facts.unit.noun}s that is held out of training: {100 * facts.holdout:g} %."
+        )
     if facts.relation == "replace_one":
         lines.append(f"The number of {facts.unit.noun}s.")
     return tuple(lines)
@@ -236,8 +269,16 @@ def _assumptions(facts: RunFacts) -> tuple[str, ...]:
         "The declared schema (columns, bounds, categories, unit, label, constraints) is public knowledge and was not "
         "taken from the records. A schema drafted from the records is not private until a person has replaced what "
         "came from them.",
-        "The settings of the run were chosen without looking at the records or at results computed from them.",
     ]
+    if facts.adaptive:
+        lines.append(
+            "Settings that changed during the run followed from what was released before; all others were chosen "
+            "without looking at the records or at results computed from them."
+        )
+    else:
+        lines.append(
+            "The settings of the run were chosen without looking at the records or at results computed from them."
+        )
     if facts.relation == "add_or_remove_one":
         lines.append("How many records there are is treated as private.")
     if any(isinstance(event, SAMPLED) for event in flatten(facts.events)):
