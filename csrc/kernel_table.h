@@ -12,24 +12,12 @@ struct NoiseStream {
   uint64_t nonce;
 };
 
-// Noise that is correlated over steps: the noise of an element is w = sum_j tap[j] z(step - j) - sum_k weight[k]
-// state[k], and then state[k] = decay[k] state[k] + gain[k] w. state[k * stride + e] is of element e of the stream.
-struct Correlation {
-  int taps, states;
-  const float *tap, *weight, *decay, *gain;
-  float* state;
-  int64_t stride;
-};
-
 // Scalars are rounded to float once, from the doubles that torch.optim computes with.
 struct AdamArgs {
   float *param, *grad, *exp_avg, *exp_avg_sq;
   float noise_std, grad_scale, one_minus_beta1, beta2, one_minus_beta2;
   float l2, keep;  // weight decay in the gradient; factor of decoupled weight decay
   float step_size, eps, bias2_sqrt_inv;
-  // DP-AdamBC: what noise adds to the second moment is taken off, down to a floor, and eps is not added.
-  int is_corrected;
-  float bias2_inv, bias_variance, min_second_moment;
 };
 
 struct SgdArgs {
@@ -52,11 +40,9 @@ struct KernelTable {
   // One vector of consecutive blocks at a time; out[word * 16 + block] for 16 of them.
   void (*chacha_blocks16)(const uint32_t* state, uint64_t counter, uint32_t* out);
   void (*gaussian)(const NoiseStream*, int64_t start, int64_t count, float* out);
-  // The correlation may be null: white noise.
-  void (*add_gaussian)(const NoiseStream*, const Correlation*, int64_t start, int64_t count, float noise_std,
-                       float* out);
-  void (*adam)(const NoiseStream*, const Correlation*, int64_t start, int64_t from, int64_t to, const AdamArgs*);
-  void (*sgd)(const NoiseStream*, const Correlation*, int64_t start, int64_t from, int64_t to, const SgdArgs*);
+  void (*add_gaussian)(const NoiseStream*, int64_t start, int64_t count, float noise_std, float* out);
+  void (*adam)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const AdamArgs*);
+  void (*sgd)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const SgdArgs*);
   // Units of more than kLongestGram rows are left alone: the caller has a better method for them.
   void (*outer_sq_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
                          int64_t p, float* out);

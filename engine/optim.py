@@ -12,21 +12,17 @@ from torch import Tensor
 
 from synthward.engine.errors import CheckpointError
 from synthward.engine.flat import FlatParameters
-from synthward.engine.optimizers import DPAdamBC
-from synthward.kernels import Correlation, add_gaussian_noise_, noisy_adam_, noisy_sgd_
+from synthward.kernels import add_gaussian_noise_, noisy_adam_, noisy_sgd_
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one logical step, never used twice: stream coordinates, standard deviation of the white noise, its
-    correlation with that of other steps, and the variance of what is added (None: that of the white noise)."""
+    """The noise of one logical step: stream coordinates and standard deviation; never used twice."""
 
     key: bytes
     stream: int
     step: int
     std: float
-    correlation: Correlation | None = None
-    variance: float | None = None
 
     def __repr__(self) -> str:
         return f"Noise(stream={self.stream}, step={self.step}, std={self.std})"
@@ -48,7 +44,7 @@ def make_updater(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Upda
     """The fused update for plain Adam, AdamW and SGD, else the optimizer's own step on the noised mean."""
     updater: Updater
     kind = type(optimizer)
-    if kind in (torch.optim.Adam, torch.optim.AdamW, DPAdamBC) and _plain(optimizer, ("amsgrad",)):
+    if kind in (torch.optim.Adam, torch.optim.AdamW) and _plain(optimizer, ("amsgrad",)):
         updater = FusedAdam(flat, optimizer)
     elif kind is torch.optim.SGD and _plain(optimizer, ()):
         updater = FusedSgd(flat, optimizer)
@@ -72,19 +68,8 @@ def _ranges(
             yield start, end, group
 
 
-def _correction(group: dict[str, Any], noise: Noise, grad_scale: float) -> dict[str, float]:
-    """What `DPAdamBC` takes off the second moment: the variance of the noise in the mean."""
-    if "min_second_moment" not in group:
-        return {}
-    variance = noise.std**2 if noise.variance is None else noise.variance
-    return {
-        "bias_variance": variance * grad_scale**2,
-        "min_second_moment": float(group["min_second_moment"]),
-    }
-
-
 class FusedAdam:
-    """`torch.optim.Adam`, `AdamW` and `DPAdamBC` with the noise made in registers (Kingma and Ba 2015; Loshchilov and
+    """`torch.optim.Adam` and `AdamW` with the noise made in registers (Kingma and Ba 2015; Loshchilov and
     Hutter 2019)."""
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
@@ -111,7 +96,6 @@ class FusedAdam:
                 step=noise.step,
                 start=start,
                 noise_std=noise.std,
-                correlation=noise.correlation,
                 grad_scale=grad_scale,
                 lr=float(group["lr"]),
                 beta1=float(beta1),
@@ -120,7 +104,6 @@ class FusedAdam:
                 weight_decay=float(group["weight_decay"]),
                 decoupled=decoupled,
                 adam_step=self._updates,
-                **_correction(group, noise, grad_scale),
             )
 
     def export_state(self) -> None:
@@ -166,7 +149,6 @@ class FusedSgd:
                 step=noise.step,
                 start=start,
                 noise_std=noise.std,
-                correlation=noise.correlation,
                 grad_scale=grad_scale,
                 lr=float(group["lr"]),
                 momentum=momentum,
@@ -206,12 +188,7 @@ class TorchUpdate:
         flat = self._flat
         if noise.std:
             add_gaussian_noise_(
-                flat.summed_grad,
-                key=noise.key,
-                stream=noise.stream,
-                step=noise.step,
-                noise_std=noise.std,
-                correlation=noise.correlation,
+                flat.summed_grad, key=noise.key, stream=noise.stream, step=noise.step, noise_std=noise.std
             )
         flat.summed_grad.mul_(grad_scale)
         for span, total in zip(flat, flat.sums, strict=True):

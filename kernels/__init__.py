@@ -17,7 +17,6 @@ from synthward.kernels.conv import conv_sum as conv_sum
 from synthward.kernels.conv import conv_unit_grads as conv_unit_grads
 from synthward.kernels.diagonal import diagonal_sq_norms as diagonal_sq_norms
 from synthward.kernels.diagonal import diagonal_weighted_sum as diagonal_weighted_sum
-from synthward.kernels.noise import Correlation as Correlation
 from synthward.kernels.noise import add_gaussian_noise_ as add_gaussian_noise_
 from synthward.kernels.noise import gaussian_noise as gaussian_noise
 from synthward.kernels.normalize import group_norm_backward as group_norm_backward
@@ -36,5 +35,3 @@ from synthward.kernels.scatter import scatter_sq_norms as scatter_sq_norms
 from synthward.kernels.scatter import scatter_weighted_sum as scatter_weighted_sum
 from synthward.kernels.update import noisy_adam_ as noisy_adam_
 from synthward.kernels.update import noisy_sgd_ as noisy_sgd_
-
-from synthward.kernels._stub import discrete_release_ as discrete_release_

@@ -227,50 +227,16 @@ void gaussian_noise(Floats& out, const py::bytes& key, int64_t stream, int64_t s
                [=, &table](int64_t f, int64_t t) { table.gaussian(&noise, start + f, t - f, po + f); });
 }
 
-// taps, weights, decays, gains of correlated noise; nothing at all where the noise is white.
-using Coefficients = std::vector<std::vector<float>>;
-
-struct CorrelationArrays {
-  std::vector<float> taps, weights, decays, gains;
-  Correlation view{};
-
-  explicit CorrelationArrays(const Coefficients& given) {
-    if (given.empty()) return;
-    check_length(static_cast<int64_t>(given.size()), 4, "correlation");
-    taps = given[0], weights = given[1], decays = given[2], gains = given[3];
-  }
-
-  const Correlation* check(std::optional<Floats>& state, int64_t step, int64_t start, int64_t n) {
-    if (taps.empty()) return nullptr;
-    if (static_cast<int64_t>(taps.size()) > step + 1) refuse("taps", "reach back before step 0");
-    check_length(static_cast<int64_t>(decays.size()), static_cast<int64_t>(weights.size()), "decays");
-    check_length(static_cast<int64_t>(gains.size()), static_cast<int64_t>(weights.size()), "gains");
-    view = {static_cast<int>(taps.size()), static_cast<int>(weights.size()), taps.data(), weights.data(),
-            decays.data(), gains.data(), nullptr, 0};
-    if (weights.empty()) return &view;
-    if (!state) refuse("state", "is missing");
-    view.state = output(*state, "state", 2);
-    view.stride = state->shape(1);
-    check_length(state->shape(0), static_cast<int64_t>(weights.size()), "state");
-    if (view.stride < start + n) refuse("state", "has no column for the last element");
-    return &view;
-  }
-};
-
 void add_gaussian_noise(Floats& tensor, const py::bytes& key, int64_t stream, int64_t step, int64_t start,
-                        float noise_std, const Coefficients& coefficients, std::optional<Floats> state, int threads) {
+                        float noise_std, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
   float* po = output(tensor, "tensor", 1);
   const int64_t n = tensor.shape(0);
   check_range(start, n);
-  CorrelationArrays correlation(coefficients);
-  const Correlation* correlated = correlation.check(state, step, start, n);
-  if (state) check_apart(*state, tensor, "state");
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
-  parallel_for(n, kGrain, threads, [=, &table](int64_t f, int64_t t) {
-    table.add_gaussian(&noise, correlated, start + f, t - f, noise_std, po + f);
-  });
+  parallel_for(n, kGrain, threads,
+               [=, &table](int64_t f, int64_t t) { table.add_gaussian(&noise, start + f, t - f, noise_std, po + f); });
 }
 
 // The buffers of one update: flat, of one length, and none inside another.
@@ -285,9 +251,7 @@ void check_buffers(const std::vector<std::pair<const char*, Floats*>>& buffers, 
 
 void noisy_adam(Floats& param, Floats& grad, Floats& exp_avg, Floats& exp_avg_sq, const py::bytes& key, int64_t stream,
                 int64_t step, int64_t start, double noise_std, double grad_scale, double lr, double beta1, double beta2,
-                double eps, double weight_decay, bool decoupled, double bias1, double bias2,
-                std::optional<std::pair<double, double>> correction, const Coefficients& coefficients,
-                std::optional<Floats> state, int threads) {
+                double eps, double weight_decay, bool decoupled, double bias1, double bias2, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
   AdamArgs args{};
   args.param = output(param, "param", 1);
@@ -305,27 +269,16 @@ void noisy_adam(Floats& param, Floats& grad, Floats& exp_avg, Floats& exp_avg_sq
   args.step_size = static_cast<float>(lr / bias1);
   args.bias2_sqrt_inv = static_cast<float>(1.0 / std::sqrt(bias2));
   args.eps = static_cast<float>(eps);
-  if (correction) {
-    args.is_corrected = 1;
-    args.bias2_inv = static_cast<float>(1.0 / bias2);
-    args.bias_variance = static_cast<float>(correction->first);
-    args.min_second_moment = static_cast<float>(correction->second);
-  }
   const int64_t n = param.shape(0);
-  CorrelationArrays correlation(coefficients);
-  const Correlation* correlated = correlation.check(state, step, start, n);
-  if (state)
-    for (Floats* buffer : {&param, &grad, &exp_avg, &exp_avg_sq}) check_apart(*state, *buffer, "state");
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
   parallel_for(n, kGrain, threads,
-               [=, &noise, &args, &table](int64_t f, int64_t t) { table.adam(&noise, correlated, start, f, t, &args); });
+               [=, &noise, &args, &table](int64_t f, int64_t t) { table.adam(&noise, start, f, t, &args); });
 }
 
 void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buffer, const py::bytes& key,
                int64_t stream, int64_t step, int64_t start, double noise_std, double grad_scale, double lr,
-               double momentum, double dampening, bool nesterov, double weight_decay, bool first_step,
-               const Coefficients& coefficients, std::optional<Floats> state, int threads) {
+               double momentum, double dampening, bool nesterov, double weight_decay, bool first_step, int threads) {
   const NoiseStream noise = make_stream(key, stream, step);
   SgdArgs args{};
   args.param = output(param, "param", 1);
@@ -345,14 +298,10 @@ void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buff
   args.nesterov = nesterov;
   args.first_step = first_step;
   const int64_t n = param.shape(0);
-  CorrelationArrays correlation(coefficients);
-  const Correlation* correlated = correlation.check(state, step, start, n);
-  if (state)
-    for (const auto& [name, buffer] : buffers) check_apart(*state, *buffer, "state");
   py::gil_scoped_release release;
   const KernelTable& table = kernels();
   parallel_for(n, kGrain, threads,
-               [=, &noise, &args, &table](int64_t f, int64_t t) { table.sgd(&noise, correlated, start, f, t, &args); });
+               [=, &noise, &args, &table](int64_t f, int64_t t) { table.sgd(&noise, start, f, t, &args); });
 }
 
 }  // namespace
@@ -383,16 +332,15 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("gaussian_noise", &gaussian_noise, arg("out").noconvert(), arg("key"), arg("stream"), arg("step"),
         arg("start"), arg("threads"));
   m.def("add_gaussian_noise", &add_gaussian_noise, arg("tensor").noconvert(), arg("key"), arg("stream"), arg("step"),
-        arg("start"), arg("noise_std"), arg("correlation"), arg("state").noconvert(), arg("threads"));
+        arg("start"), arg("noise_std"), arg("threads"));
   m.def("noisy_adam", &noisy_adam, arg("param").noconvert(), arg("summed_grad").noconvert(),
         arg("exp_avg").noconvert(), arg("exp_avg_sq").noconvert(), arg("key"), arg("stream"), arg("step"),
         arg("start"), arg("noise_std"), arg("grad_scale"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
-        arg("weight_decay"), arg("decoupled"), arg("bias1"), arg("bias2"), arg("correction"), arg("correlation"),
-        arg("state").noconvert(), arg("threads"));
+        arg("weight_decay"), arg("decoupled"), arg("bias1"), arg("bias2"), arg("threads"));
   m.def("noisy_sgd", &noisy_sgd, arg("param").noconvert(), arg("summed_grad").noconvert(),
         arg("momentum_buffer").noconvert(), arg("key"), arg("stream"), arg("step"), arg("start"), arg("noise_std"),
         arg("grad_scale"), arg("lr"), arg("momentum"), arg("dampening"), arg("nesterov"), arg("weight_decay"),
-        arg("first_step"), arg("correlation"), arg("state").noconvert(), arg("threads"));
+        arg("first_step"), arg("threads"));
   m.attr("LONGEST_GRAM") = kLongestGram;
   m.def("reuse_freed_blocks", &reuse_freed_blocks, arg("library"));
   m.def("cpu_isa", [] { return std::string(kernels().name); });

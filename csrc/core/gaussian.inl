@@ -87,39 +87,9 @@ SYNTHWARD_INLINE void gaussian_blocks(const uint32_t* state, uint64_t counter, f
   });
 }
 
-// Makes correlated noise of `count` normals of a run, in place: z is that of the step itself for all 256 of the
-// group, `place` where the run begins in it, `element` its first element. Past steps are drawn again.
-static __attribute__((noinline)) void correlate(const NoiseStream* stream, const Correlation* correlation,
-                                                uint64_t counter, int64_t place, int64_t element, int64_t count,
-                                                float* z) {
-  const Correlation c = *correlation;
-  alignas(64) float past[256];
-  float* __restrict w = z + place;
-  for (int64_t i = 0; i < count; ++i) w[i] = c.tap[0] * w[i];
-  for (int j = 1; j < c.taps; ++j) {
-    NoiseStream before = *stream;
-    before.nonce -= (uint64_t)j;
-    uint32_t state[16];
-    set_state(&before, state);
-    for (int first = 0; first < 16; first += LANES) gaussian_blocks(state, counter + (uint64_t)first, past + first);
-    for (int64_t i = 0; i < count; ++i) w[i] += c.tap[j] * past[place + i];
-  }
-  for (int k = 0; k < c.states; ++k) {
-    const float* __restrict kept = c.state + k * c.stride + element;
-    for (int64_t i = 0; i < count; ++i) w[i] -= c.weight[k] * kept[i];
-  }
-  for (int k = 0; k < c.states; ++k) {
-    float* __restrict kept = c.state + k * c.stride + element;
-    const float decay = c.decay[k], gain = c.gain[k];
-    if (decay == 1.0f && gain == 0.0f) continue;
-    for (int64_t i = 0; i < count; ++i) kept[i] = decay * kept[i] + gain * w[i];
-  }
-}
-
 // Calls use(index, normals, count) for runs that do not cross a group; index counts from `from`.
 template <typename Use>
-SYNTHWARD_INLINE void for_normals(const NoiseStream* stream, const Correlation* correlation, int64_t start,
-                                  int64_t from, int64_t to, Use use) {
+SYNTHWARD_INLINE void for_normals(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, Use use) {
   uint32_t state[16];
   set_state(stream, state);
   alignas(64) float normals[256];
@@ -129,21 +99,19 @@ SYNTHWARD_INLINE void for_normals(const NoiseStream* stream, const Correlation* 
     const int64_t count = 256 - place < to - at ? 256 - place : to - at;
     const uint64_t counter = (element >> 8) * 16;
     for (int first = 0; first < 16; first += LANES) gaussian_blocks(state, counter + (uint64_t)first, normals + first);
-    if (correlation) correlate(stream, correlation, counter, place, (int64_t)element, count, normals);
     use(at, (const float*)normals + place, count);
     at += count;
   }
 }
 
 static void gaussian(const NoiseStream* stream, int64_t start, int64_t count, float* out) {
-  for_normals(stream, nullptr, start, 0, count, [=](int64_t at, const float* z, int64_t n) {
+  for_normals(stream, start, 0, count, [=](int64_t at, const float* z, int64_t n) {
     __builtin_memcpy(out + at, z, (size_t)n * sizeof(float));
   });
 }
 
-static void add_gaussian(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t count,
-                         float noise_std, float* out) {
-  for_normals(stream, correlation, start, 0, count, [=](int64_t at, const float* z, int64_t n) {
+static void add_gaussian(const NoiseStream* stream, int64_t start, int64_t count, float noise_std, float* out) {
+  for_normals(stream, start, 0, count, [=](int64_t at, const float* z, int64_t n) {
     float* __restrict target = out + at;
     for (int64_t i = 0; i < n; ++i) target[i] += noise_std * z[i];
   });

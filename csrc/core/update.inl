@@ -1,14 +1,7 @@
 // Noise and optimizer update in one pass: the normals live in registers and one kilobyte of stack.
 // The clipped sum is read once and left at zero for the next logical step.
 
-template <bool kCorrected>
-SYNTHWARD_INLINE float denominator(const AdamArgs& a, float v) {
-  if (!kCorrected) return __builtin_sqrtf(v) * a.bias2_sqrt_inv + a.eps;
-  const float own = v * a.bias2_inv - a.bias_variance;
-  return __builtin_sqrtf(own > a.min_second_moment ? own : a.min_second_moment);
-}
-
-template <bool kNoise, bool kCorrected>
+template <bool kNoise>
 SYNTHWARD_INLINE void adam_run(const AdamArgs* args, int64_t at, const float* __restrict z, int64_t n) {
   const AdamArgs a = *args;
   float* __restrict param = a.param + at;
@@ -24,23 +17,16 @@ SYNTHWARD_INLINE void adam_run(const AdamArgs* args, int64_t at, const float* __
     grad[i] = 0.0f;
     m[i] = mi;
     v[i] = vi;
-    param[i] = w - a.step_size * (mi / denominator<kCorrected>(a, vi));
+    param[i] = w - a.step_size * (mi / (__builtin_sqrtf(vi) * a.bias2_sqrt_inv + a.eps));
   }
 }
 
-template <bool kCorrected>
-static void adam_of(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from, int64_t to,
-                    const AdamArgs* args) {
+static void adam(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const AdamArgs* args) {
   if (args->noise_std == 0.0f)
-    adam_run<false, kCorrected>(args, from, nullptr, to - from);
+    adam_run<false>(args, from, nullptr, to - from);
   else
-    for_normals(stream, correlation, start, from, to,
-                [=](int64_t at, const float* z, int64_t n) { adam_run<true, kCorrected>(args, at, z, n); });
-}
-
-static void adam(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from, int64_t to,
-                 const AdamArgs* args) {
-  (args->is_corrected ? adam_of<true> : adam_of<false>)(stream, correlation, start, from, to, args);
+    for_normals(stream, start, from, to,
+                [=](int64_t at, const float* z, int64_t n) { adam_run<true>(args, at, z, n); });
 }
 
 template <bool kNoise>
@@ -69,11 +55,10 @@ SYNTHWARD_INLINE void sgd_run(const SgdArgs* args, int64_t at, const float* __re
   }
 }
 
-static void sgd(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from, int64_t to,
-                const SgdArgs* args) {
+static void sgd(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const SgdArgs* args) {
   if (args->noise_std == 0.0f)
     sgd_run<false>(args, from, nullptr, to - from);
   else
-    for_normals(stream, correlation, start, from, to,
+    for_normals(stream, start, from, to,
                 [=](int64_t at, const float* z, int64_t n) { sgd_run<true>(args, at, z, n); });
 }

@@ -8,8 +8,6 @@ from torch import Tensor
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, choose
 from synthward.kernels.noise import cpp_impl, reference
-from synthward.kernels.noise.correlation import Correlation as Correlation
-from synthward.kernels.noise.correlation import correlated_noise
 
 
 def gaussian_noise(
@@ -53,12 +51,9 @@ def add_gaussian_noise_(
     step: int,
     start: int = 0,
     noise_std: float,
-    correlation: Correlation | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Add ``noise_std`` times the stream's Gaussians to a flat float32 tensor in place, and return it.
-
-    With a `Correlation`, its noise in their place (none, and its state stays, where ``noise_std`` is 0).
 
     Raises:
         TypeError, ValueError: naming the argument; a ``noise_std`` that float32 rounds to zero is refused.
@@ -66,29 +61,15 @@ def add_gaussian_noise_(
     _check.flat_float(tensor, "tensor")
     _check.place(key, stream, step, start, len(tensor))
     _check.noise_std(noise_std)
-    state = check_correlation(correlation, step, start, len(tensor), tensor)
-    chosen = choose(backend, written=(tensor, state))
-    if noise_std == 0.0:
-        return tensor
+    chosen = choose(backend, written=(tensor,))
     if chosen == "cpp":
-        cpp_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std, correlation)
+        cpp_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
     elif chosen == "triton":
         from synthward.kernels.noise import triton_impl
 
-        triton_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std, correlation)
+        triton_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
     else:
-        z = correlated_noise(len(tensor), key, stream, step, start, correlation)
-        tensor += noise_std * z.to(tensor.device)
+        tensor += noise_std * reference.gaussian_noise(len(tensor), key, stream, step, start).to(
+            tensor.device
+        )
     return tensor
-
-
-def check_correlation(
-    correlation: Correlation | None, step: int, start: int, count: int, like: Tensor
-) -> Tensor | None:
-    """The state of a correlation that fits, or None."""
-    if correlation is None:
-        return None
-    correlation.check(step, start, count)
-    if correlation.state is not None and correlation.state.device != like.device:
-        raise ValueError(f"state: lies on {correlation.state.device}, expected {like.device}")
-    return correlation.state

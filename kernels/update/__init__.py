@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import numpy as np
 from torch import Tensor
 
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, Choice, choose
-from synthward.kernels.noise import Correlation, check_correlation
 from synthward.kernels.update import cpp_impl, reference
 
 
@@ -32,20 +30,13 @@ def noisy_adam_(
     weight_decay: float,
     decoupled: bool,
     adam_step: int,
-    bias_variance: float | None = None,
-    min_second_moment: float = 0.0,
-    correlation: Correlation | None = None,
     backend: Backend = "auto",
 ) -> None:
     """``g = (summed_grad + noise_std z) grad_scale``, then Adam (or AdamW if ``decoupled``), in place.
 
     All tensors float32 [P], none inside another; ``summed_grad`` is left at zero. ``step`` is the noise's
     logical step, ``adam_step`` counts updates from 1 for the bias correction. Element i gets element
-    ``start + i`` of the noise stream; ``noise_std`` 0 adds none (and moves no state of a correlation on).
-
-    With ``bias_variance``, what the noise adds to the second moment of ``g``, the denominator is that of DP-AdamBC:
-    ``sqrt(max(v_hat - bias_variance, min_second_moment))``, without eps (Tang, Shpilevskiy and Lecuyer 2023, algorithm
-    1). ``correlation``: noise that is correlated over steps (`Correlation`).
+    ``start + i`` of the noise stream; ``noise_std`` 0 adds none.
 
     Raises:
         TypeError, ValueError: naming the argument; nothing is written then.
@@ -61,14 +52,8 @@ def noisy_adam_(
             raise ValueError(f"{name}: got {beta}, expected 0 <= {name} < 1")
     if adam_step < 1:
         raise ValueError(f"adam_step: got {adam_step}, expected at least 1")
-    correction = None
-    if bias_variance is not None:
-        _check.finite(bias_variance, "bias_variance", 0.0)
-        _check.finite(min_second_moment, "min_second_moment", float(np.finfo(np.float32).tiny))
-        correction = (float(bias_variance), float(min_second_moment))
     tensors = (param, summed_grad, exp_avg, exp_avg_sq)
-    state = check_correlation(correlation, step, start, len(param), param)
-    _implementation(choose(backend, written=(*tensors, state))).noisy_adam_(
+    _implementation(choose(backend, written=tensors)).noisy_adam_(
         *tensors,
         key=key,
         stream=stream,
@@ -84,8 +69,6 @@ def noisy_adam_(
         decoupled=decoupled,
         bias1=1.0 - beta1**adam_step,
         bias2=1.0 - beta2**adam_step,
-        correction=correction,
-        correlation=correlation,
     )
 
 
@@ -106,7 +89,6 @@ def noisy_sgd_(
     nesterov: bool,
     weight_decay: float,
     first_step: bool,
-    correlation: Correlation | None = None,
     backend: Backend = "auto",
 ) -> None:
     """``g = (summed_grad + noise_std z) grad_scale``, then SGD with optional momentum, in place.
@@ -125,8 +107,7 @@ def noisy_sgd_(
     _check_common(param, key, stream, step, start, noise_std, grad_scale, lr, weight_decay)
     _check.finite(momentum, "momentum", 0.0)
     _check.finite(dampening, "dampening")
-    state = check_correlation(correlation, step, start, len(param), param)
-    chosen = choose(backend, written=(param, summed_grad, momentum_buffer, state))
+    chosen = choose(backend, written=(param, summed_grad, momentum_buffer))
     _implementation(chosen).noisy_sgd_(
         param,
         summed_grad,
@@ -143,7 +124,6 @@ def noisy_sgd_(
         nesterov=nesterov,
         weight_decay=weight_decay,
         first_step=first_step,
-        correlation=correlation,
     )
 
 

@@ -1,7 +1,5 @@
 """Types of the compiled extension: NumPy views, checked and never converted."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,15 +72,7 @@ def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -
 def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...
 def add_gaussian_noise(
-    tensor: _F,
-    key: bytes,
-    stream: int,
-    step: int,
-    start: int,
-    noise_std: float,
-    correlation: Sequence[Sequence[float]],
-    state: _F | None,
-    threads: int,
+    tensor: _F, key: bytes, stream: int, step: int, start: int, noise_std: float, threads: int
 ) -> None: ...
 def noisy_adam(
     param: _F,
@@ -103,9 +93,6 @@ def noisy_adam(
     decoupled: bool,
     bias1: float,
     bias2: float,
-    correction: tuple[float, float] | None,
-    correlation: Sequence[Sequence[float]],
-    state: _F | None,
     threads: int,
 ) -> None: ...
 def noisy_sgd(
@@ -124,8 +111,6 @@ def noisy_sgd(
     nesterov: bool,
     weight_decay: float,
     first_step: bool,
-    correlation: Sequence[Sequence[float]],
-    state: _F | None,
     threads: int,
 ) -> None: ...
 def reuse_freed_blocks(library: str) -> bool: ...
