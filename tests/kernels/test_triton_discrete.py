@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
 @pytest.mark.parametrize(
-    ("start", "count"), [(0, 1), (0, 30_000), (100, 1500), (128 * 2**33 + 3, 3000), (7, 0)]
+    ("start", "count"), [(0, 1), (0, 8000), (100, 1500), (128 * 2**33 + 3, 3000), (7, 0)]
 )
 @pytest.mark.parametrize("scale", [0.0, 3.0, 2.0**40])
 def test_integers_are_those_of_the_cpu(start, count, scale):
