@@ -54,6 +54,26 @@ def flat_sum(tensor: Tensor, name: str, length: int) -> None:
         raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{length}]")
 
 
+def flat_double(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.float64:
+        raise TypeError(f"{name}: has dtype {tensor.dtype}, expected torch.float64")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [P]")
+
+
+def apart(tensor: Tensor, written: Tensor, name: str) -> None:
+    """No byte of one flat tensor may lie within the other."""
+    (first, end), (other, other_end) = _extent(tensor), _extent(written)
+    if first < other_end and other < end and tensor.device == written.device:
+        raise ValueError(f"{name}: overlaps another argument")
+
+
+def _extent(flat: Tensor) -> tuple[int, int]:
+    first = flat.data_ptr()
+    size = flat.element_size()
+    return first, first + (((len(flat) - 1) * flat.stride(0) + 1) * size if len(flat) else 0)
+
+
 def unit_count(offsets: Tensor | None, rows: int) -> int:
     """Number of units; checks that the offsets run from 0 to the number of rows without decreasing.
 

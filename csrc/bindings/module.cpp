@@ -9,6 +9,7 @@
 #include "allocation.h"
 #include "bindings/array_view.h"
 #include "bindings/dense.h"
+#include "bindings/noise.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -20,32 +21,9 @@ using Longs = Array<int64_t>;
 using MaybeFloats = std::optional<Floats>;
 using MaybeLongs = std::optional<Longs>;
 
-// Elements that are worth a thread of their own (a multiple of 256: whole groups of normals). Norms and sums
-// are cut into units, rows or columns of about as many.
-constexpr int64_t kGrain = 65536;
-
+// Units, rows or columns of about as many elements.
 int64_t grain_of(int64_t elements, int64_t pieces) {
   return pieces < 1 ? 1 : std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements / pieces));
-}
-
-NoiseStream make_stream(const py::bytes& key, int64_t stream, int64_t step) {
-  const std::string text = key;
-  if (text.size() != 32) refuse("key", "has " + std::to_string(text.size()) + " bytes, expected 32");
-  if (stream < 0 || stream >= (1 << 15)) refuse("stream", "is not in [0, 2^15)");
-  if (step < 0 || step >= (int64_t{1} << 48)) refuse("step", "is not in [0, 2^48)");
-  NoiseStream out{};
-  for (int i = 0; i < 8; ++i) {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(text.data()) + 4 * i;
-    out.key[i] = uint32_t{bytes[0]} | uint32_t{bytes[1]} << 8 | uint32_t{bytes[2]} << 16 | uint32_t{bytes[3]} << 24;
-  }
-  out.nonce = static_cast<uint64_t>(stream) << 48 | static_cast<uint64_t>(step);
-  return out;
-}
-
-void check_range(int64_t start, int64_t count) {
-  if (start < 0) refuse("start", "is negative");
-  if (count < 0) refuse("count", "is negative");
-  if (start > INT64_MAX - count) refuse("start", "is too large");
 }
 
 struct Units {
@@ -314,6 +292,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_dense(m);
   bind_conv(m);
   bind_normalize(m);
+  bind_discrete(m);
   m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";
   m.def("outer_sq_norms", &outer_sq_norms, arg("activations").noconvert(), arg("output_grads").noconvert(),
         arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));

@@ -74,6 +74,23 @@ def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, thre
 def add_gaussian_noise(
     tensor: _F, key: bytes, stream: int, step: int, start: int, noise_std: float, threads: int
 ) -> None: ...
+def wide_normals(
+    radius: NDArray[np.uint64], angle: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def rounded_gaussian(
+    out: _L, key: bytes, stream: int, step: int, start: int, scale: float, threads: int
+) -> None: ...
+def discrete_release(
+    sums: NDArray[np.float64],
+    out: _F,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    grid: float,
+    noise_std: float,
+    threads: int,
+) -> None: ...
 def noisy_adam(
     param: _F,
     summed_grad: _F,
