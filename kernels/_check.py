@@ -46,6 +46,19 @@ def flat_float(tensor: Tensor, name: str, length: int | None = None) -> None:
         raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{expected}]")
 
 
+def apart(tensor: Tensor, written: Tensor, name: str) -> None:
+    """No byte of one flat tensor may lie within the other."""
+    (first, end), (other, other_end) = _extent(tensor), _extent(written)
+    if first < other_end and other < end and tensor.device == written.device:
+        raise ValueError(f"{name}: overlaps another argument")
+
+
+def _extent(flat: Tensor) -> tuple[int, int]:
+    first = flat.data_ptr()
+    size = flat.element_size()
+    return first, first + (((len(flat) - 1) * flat.stride(0) + 1) * size if len(flat) else 0)
+
+
 def unit_count(offsets: Tensor | None, rows: int) -> int:
     """Number of units; checks that the offsets run from 0 to the number of rows without decreasing.
 
@@ -90,6 +103,13 @@ def noise_std(value: float) -> None:
         raise ValueError(f"noise_std: got {value}, which float32 cannot hold; use 0 for no noise")
 
 
+def index(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
+
+
 def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
     """Coordinates of elements ``start .. start + count`` of a noise stream."""
     if not isinstance(key, bytes):
@@ -102,9 +122,5 @@ def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
         ("count", count, 1 << 63),
         ("start", start, (1 << 63) - max(count, 0)),
     ):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
-        if not 0 <= number < limit:
+        if not 0 <= index(value, name) < limit:
             raise ValueError(f"{name}: got {value}, expected 0 <= {name} < {limit}")
