@@ -118,6 +118,13 @@ def noise_std(value: float) -> None:
         raise ValueError(f"noise_std: got {value}, which float32 cannot hold; use 0 for no noise")
 
 
+def index(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
+
+
 def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
     """Coordinates of elements ``start .. start + count`` of a noise stream."""
     if not isinstance(key, bytes):
@@ -130,9 +137,5 @@ def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
         ("count", count, 1 << 63),
         ("start", start, (1 << 63) - max(count, 0)),
     ):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
-        if not 0 <= number < limit:
+        if not 0 <= index(value, name) < limit:
             raise ValueError(f"{name}: got {value}, expected 0 <= {name} < {limit}")

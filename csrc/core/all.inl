@@ -16,6 +16,7 @@ namespace SYNTHWARD_ISA {
 #include "core/chacha.inl"
 #include "core/gaussian.inl"
 #include "core/discrete.inl"
+#include "core/correlated.inl"
 #include "core/norms.inl"
 #include "core/gemm.inl"
 #include "core/product.inl"
