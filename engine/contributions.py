@@ -439,8 +439,8 @@ class Contributions:
         self.most_rows = max(self.most_rows, use.rows)
         if isinstance(target, Derived) and self._sums[0].dtype == torch.float64:
             raise UnsupportedOperationError(
-                f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of adapters), "
-                "and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
+                f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of "
+                "adapters), and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
             )
         key = (index, id(layout))
         if key not in self._weights:

@@ -84,8 +84,8 @@ class NoiseSource:
         ones: what is released after it would no longer be one mechanism."""
         if self._strategy is not None and self._released:
             raise CheckpointError(
-                "correlated noise can not go back to a checkpoint once steps were taken; load it in a new process (or a "
-                "new trainer), which starts a mechanism of its own"
+                "correlated noise can not go back to a checkpoint once steps were taken; load it in a new process (or "
+                "a new trainer), which starts a mechanism of its own"
             )
 
 
@@ -93,9 +93,9 @@ class DiscreteSums:
     """Sums in fp64 that are released as integers on a grid (`NoiseSpec.arithmetic`).
 
     Rounding to a grid of spacing g moves the difference of two sums of d coordinates by at most ``sqrt(d) g``; fp64
-    sums of up to `_MOST_TERMS` units times rows are off by at most ``n 2^-53`` of the sum of norms (Higham 2002, section
-    3.1). Both are added to the sensitivity, so the noise is larger by less than 1 in 2,000. An integer plus a rounded
-    Gaussian is that Gaussian, added to the integer and then rounded: post-processing of the Gaussian mechanism.
+    sums of up to `_MOST_TERMS` units times rows are off by at most ``n 2^-53`` of the sum of norms (Higham 2002,
+    section 3.1). Both are added to the sensitivity, so the noise is larger by less than 1 in 2,000. An integer plus a
+    rounded Gaussian is that Gaussian, added to the integer and then rounded: post-processing of the Gaussian mechanism.
     """
 
     def __init__(self, flat: FlatParameters, clip: ClipSpec) -> None:

@@ -4,7 +4,7 @@ after it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,17 +12,28 @@ from torch import Tensor
 
 from synthward.engine.errors import CheckpointError
 from synthward.engine.flat import FlatParameters
-from synthward.kernels import add_gaussian_noise_, noisy_adam_, noisy_sgd_
+from synthward.engine.optimizers import DPAdamBC
+from synthward.kernels import Correlation, add_gaussian_noise_, noisy_adam_, noisy_sgd_
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one logical step: stream coordinates and standard deviation; never used twice."""
+    """The noise of one logical step, never used twice: stream coordinates, standard deviation of the white noise, its
+    correlation with that of other steps, and the variance of what is added (None: that of the white noise)."""
 
     key: bytes
     stream: int
     step: int
     std: float
+    correlation: Correlation | None = None
+    variance: float | None = None
+
+    def correlation_of(self, start: int, end: int) -> Correlation | None:
+        """The correlation of a range of coordinates: the same, with their part of the state."""
+        correlation = self.correlation
+        if correlation is None or correlation.state is None:
+            return correlation
+        return replace(correlation, state=correlation.state[:, start:end])
 
     def __repr__(self) -> str:
         return f"Noise(stream={self.stream}, step={self.step}, std={self.std})"
@@ -44,7 +55,7 @@ def make_updater(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Upda
     """The fused update for plain Adam, AdamW and SGD, else the optimizer's own step on the noised mean."""
     updater: Updater
     kind = type(optimizer)
-    if kind in (torch.optim.Adam, torch.optim.AdamW) and _plain(optimizer, ("amsgrad",)):
+    if kind in (torch.optim.Adam, torch.optim.AdamW, DPAdamBC) and _plain(optimizer, ("amsgrad",)):
         updater = FusedAdam(flat, optimizer)
     elif kind is torch.optim.SGD and _plain(optimizer, ()):
         updater = FusedSgd(flat, optimizer)
@@ -68,8 +79,19 @@ def _ranges(
             yield start, end, group
 
 
+def _correction(group: dict[str, Any], noise: Noise, grad_scale: float) -> dict[str, Any]:
+    """What `DPAdamBC` takes off the second moment: the variance of the noise in the mean."""
+    if "min_second_moment" not in group:
+        return {}
+    variance = noise.std**2 if noise.variance is None else noise.variance
+    return {
+        "bias_variance": variance * grad_scale**2,
+        "min_second_moment": float(group["min_second_moment"]),
+    }
+
+
 class FusedAdam:
-    """`torch.optim.Adam` and `AdamW` with the noise made in registers (Kingma and Ba 2015; Loshchilov and
+    """`torch.optim.Adam`, `AdamW` and `DPAdamBC` with the noise made in registers (Kingma and Ba 2015; Loshchilov and
     Hutter 2019)."""
 
     def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
@@ -96,6 +118,7 @@ class FusedAdam:
                 step=noise.step,
                 start=start,
                 noise_std=noise.std,
+                correlation=noise.correlation_of(start, end),
                 grad_scale=grad_scale,
                 lr=float(group["lr"]),
                 beta1=float(beta1),
@@ -104,6 +127,7 @@ class FusedAdam:
                 weight_decay=float(group["weight_decay"]),
                 decoupled=decoupled,
                 adam_step=self._updates,
+                **_correction(group, noise, grad_scale),
             )
 
     def export_state(self) -> None:
@@ -149,6 +173,7 @@ class FusedSgd:
                 step=noise.step,
                 start=start,
                 noise_std=noise.std,
+                correlation=noise.correlation_of(start, end),
                 grad_scale=grad_scale,
                 lr=float(group["lr"]),
                 momentum=momentum,
@@ -188,7 +213,12 @@ class TorchUpdate:
         flat = self._flat
         if noise.std:
             add_gaussian_noise_(
-                flat.summed_grad, key=noise.key, stream=noise.stream, step=noise.step, noise_std=noise.std
+                flat.summed_grad,
+                key=noise.key,
+                stream=noise.stream,
+                step=noise.step,
+                noise_std=noise.std,
+                correlation=noise.correlation,
             )
         flat.summed_grad.mul_(grad_scale)
         for span, total in zip(flat, flat.sums, strict=True):

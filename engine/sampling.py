@@ -111,7 +111,8 @@ class CyclicPoissonSampler(PoissonSampler):
     def draw(self, step: int) -> NDArray[np.int64]:
         """Units of a logical step, int64, increasing; may be empty."""
         drawn = super().draw(step)
-        return drawn[self._groups[drawn] == step % self.period]
+        chosen: NDArray[np.int64] = drawn[self._groups[drawn] == step % self.period]
+        return chosen
 
 
 def physical_batches(

@@ -123,10 +123,6 @@ class NoiseSpec:
                 "do not allow; use flat, automatic, per-layer or grouped"
             )
 
-    def noise_std(self, clip: ClipSpec) -> float:
-        """Standard deviation of the noise on each coordinate of the summed gradient."""
-        return self.noise_multiplier * clip.sensitivity()
-
 
 KEEPS = ("full", "bf16", "recompute")
 PRODUCTS = ("auto", "library", "own")
@@ -195,7 +191,9 @@ class SamplingSpec:
         check_positive(self.expected_batch_size, "expected_batch_size")
         _check_count(self.period, "period")
         if (self.max_batch_size is None) != (self.max_units is None):
-            raise ConfigError("max_batch_size, max_units: a cap on the batch needs both; give both or neither")
+            raise ConfigError(
+                "max_batch_size, max_units: a cap on the batch needs both; give both or neither"
+            )
         if self.max_batch_size is not None:
             _check_count(self.max_batch_size, "max_batch_size")
             _check_count(self.max_units, "max_units")
@@ -221,8 +219,14 @@ class SamplingSpec:
             if self.period == 1:
                 return PoissonGaussianEvent(self.sample_rate, z, steps)
             return CyclicPoissonGaussianEvent(self.sample_rate, z, self.period, steps)
-        if strategy.kind == "banded" and strategy.bands <= self.period and self.sample_rate < 1.0:
-            once = strategy.sensitivity(1, 1) if strategy.bands == 1 else strategy.sensitivity(strategy.bands, strategy.bands)
+        bands = strategy.bands
+        if (
+            strategy.kind == "banded"
+            and bands is not None
+            and bands <= self.period
+            and self.sample_rate < 1.0
+        ):
+            once = strategy.sensitivity(bands, bands)
             return CyclicPoissonGaussianEvent(self.sample_rate, z / once, self.period, steps)
         return CorrelatedGaussianEvent(z, strategy, self.period, steps)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
 from synthward.engine.contributions import Contributions, Groups
-from synthward.engine.errors import ConfigError, PrivacyError
+from synthward.engine.errors import ConfigError
 from synthward.engine.flat import FlatParameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
@@ -24,6 +24,8 @@ from synthward.engine.products import Products
 from synthward.engine.replay import tap
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
+
+
 class DPStep:
     """The private step of one module and optimizer.
 
@@ -151,7 +153,9 @@ class DPStep:
             ConfigError: with a strategy or adaptive clipping, whose noise is of all steps together.
         """
         if noise.strategy is not None or self.quantile is not None:
-            raise ConfigError("adapt: correlated noise and adaptive clipping are fixed for a run; use fresh noise and flat clipping")
+            raise ConfigError(
+                "adapt: correlated noise and adaptive clipping are fixed for a run; use fresh noise and flat clipping"
+            )
         self.noise, self._grad_scale = noise, 1.0 / expected_batch_size
 
     def check_coverage(self) -> None:

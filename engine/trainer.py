@@ -220,15 +220,17 @@ class PrivateTrainer:
         """
         if self.ledger is None or not self.ledger.is_adaptive:
             raise PrivacyError(
-                "adapt: a schedule that follows what was released needs a ledger with an adaptive filter; create it with "
-                "Ledger.create(..., adaptive=True)"
+                "adapt: a schedule that follows what was released needs a ledger with an adaptive filter; create it "
+                "with Ledger.create(..., adaptive=True)"
             )
         if self._step.has_sum:
             raise PrivacyError("adapt: a logical step is under way; call apply() first")
         before = self.plan
         for name in ("clip", "strategy", "arithmetic", "period", "max_batch_size", "max_units"):
             if getattr(plan, name) != getattr(before, name):
-                raise ConfigError(f"adapt: {name} is fixed for a run; only noise, rate, steps and batch size may change")
+                raise ConfigError(
+                    f"adapt: {name} is fixed for a run; only noise, rate, steps and batch size may change"
+                )
         self._step.adapt(plan.noise, plan.expected_batch_size)
         self.plan = plan
 

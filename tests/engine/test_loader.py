@@ -48,7 +48,9 @@ def test_the_draw_of_a_batch_is_known_when_it_is_handed_out(workers):
     """Workers fetch ahead; the record of the draw stays with its batch."""
     ids = torch.arange(40) // 4
     dataset = TensorDataset(torch.arange(40), ids)
-    loader = PoissonLoader(DataLoader(dataset, batch_size=4, num_workers=workers), SamplingSpec(0.2, 4.0), KEY, ids.numpy())
+    loader = PoissonLoader(
+        DataLoader(dataset, batch_size=4, num_workers=workers), SamplingSpec(0.2, 4.0), KEY, ids.numpy()
+    )
     seen = []
     for rows, units in loader:
         assert loader.draw.rows == len(rows) and loader.draw.unit_ids.tolist() == units.tolist()

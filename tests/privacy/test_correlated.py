@@ -15,7 +15,7 @@ from synthward.engine.errors import CheckpointError, ConfigError, PrivacyError
 from synthward.kernels import gaussian_noise
 from tests.privacy.harness import make_trainer, step
 from tests.privacy.stats import assert_gaussian, assert_uncorrelated
-from tests.privacy.test_noise import NOISY, SIGMA, CLIP, STD, silent_module, silent_units
+from tests.privacy.test_noise import CLIP, NOISY, SIGMA, STD, silent_module, silent_units
 
 STEPS = 12
 STRATEGIES = {
@@ -28,7 +28,9 @@ STRATEGIES = {
 def releases(strategy: Strategy, keys=None, width: int = 100, **plan) -> np.ndarray:
     """What `STEPS` silent steps release, float64 [steps, width^2]."""
     module = silent_module(width)
-    trainer = make_trainer(module, keys=keys, **(NOISY | {"steps": STEPS, "strategy": strategy, "period": 4} | plan))
+    trainer = make_trainer(
+        module, keys=keys, **(NOISY | {"steps": STEPS, "strategy": strategy, "period": 4} | plan)
+    )
     return np.stack([step(trainer, module, [silent_units(1, width)]) for _ in range(STEPS)])
 
 
@@ -171,8 +173,8 @@ def train(module, optimizer, batches):
 
 
 def test_the_loop_s_steps_are_charged_as_one_mechanism(tmp_path):
-    from synthward.engine.accounting.events import PoissonGaussianEvent
     from synthward.engine.accounting import epsilon_of
+    from synthward.engine.accounting.events import PoissonGaussianEvent
 
     engine, module, optimizer, loader = private(tmp_path)
     assert len(loader) == 8, "a pass is period / q steps"

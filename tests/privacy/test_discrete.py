@@ -18,7 +18,7 @@ from tests.oracles import clipped_sum, per_unit_gradients
 from tests.privacy.harness import accumulate, make_plan, make_trainer, step
 from tests.privacy.nets import CASES, unit_loss
 from tests.privacy.stats import assert_gaussian
-from tests.privacy.test_noise import NOISY, SIGMA, CLIP, EXPECTED, silent_module, silent_units
+from tests.privacy.test_noise import CLIP, EXPECTED, NOISY, SIGMA, silent_module, silent_units
 
 DISCRETE = {"arithmetic": "discrete"}
 

@@ -119,9 +119,7 @@ def test_units_of_a_group_are_drawn_at_the_rate_and_independently():
         drawn[step, found] = 1.0
     share = sum(drawn[g::4][:, groups[g]].sum() for g in range(4)) / (100 * 2000)
     assert abs(share - 0.25) < 6.11 * (0.25 * 0.75 / 200_000) ** 0.5
-    both = np.mean(
-        [(drawn[g::4][:, groups[g][0]] * drawn[g::4][:, groups[g][1]]).mean() for g in range(4)]
-    )
+    both = np.mean([(drawn[g::4][:, groups[g][0]] * drawn[g::4][:, groups[g][1]]).mean() for g in range(4)])
     assert both < 0.25, "coins of two units differ"
 
 

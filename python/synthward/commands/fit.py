@@ -51,7 +51,8 @@ def fit(
     noise: Annotated[
         str | None,
         typer.Option(
-            "--noise", help="independent, or correlated over steps: banded, blt, banded-inverse [independent]."
+            "--noise",
+            help="independent, or correlated over steps: banded, blt, banded-inverse [independent].",
         ),
     ] = None,
     bands: Annotated[int | None, typer.Option("--bands", help="Bands of correlated noise [8].")] = None,

@@ -67,6 +67,10 @@ def _plan(
             f"epsilon: {epsilon} is too small for {len(charged)} query(s) at delta {delta}{again}"
         )
     noise = calibrate_noise_of(
-        lambda multiplier: mechanism.event(multiplier, steps), epsilon, delta, accountant, other_events=charged
+        lambda multiplier: mechanism.event(multiplier, steps),
+        epsilon,
+        delta,
+        accountant,
+        other_events=charged,
     )
     return Budget(epsilon, delta, accountant, mechanism.sample_rate, steps, query, noise)

@@ -173,9 +173,7 @@ def train_run(
         encoder = _fit_encoder(folder, train, keys, ledger)
         info = folder.info
         mechanism = Mechanism.from_info(info)
-        plan = mechanism.plan(
-            info["noise_multiplier"], info["max_grad_norm"], info["steps"], encoder.units
-        )
+        plan = mechanism.plan(info["noise_multiplier"], info["max_grad_norm"], info["steps"], encoder.units)
         training = Training(folder, encoder, train, plan, keys, ledger, progress)
         training.run()
         folder.update(

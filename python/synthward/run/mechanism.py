@@ -1,4 +1,4 @@
-"""The mechanism of a run's training steps: sampling, correlation of the noise, arithmetic. Public, fixed at the start."""
+"""The mechanism of a run's training steps: sampling, correlation of the noise, arithmetic. All of it is public."""
 
 from __future__ import annotations
 
@@ -82,14 +82,18 @@ class Mechanism:
         sampling = SamplingSpec(self.sample_rate, 1.0, self.period, self.max_batch_size, self.max_units)
         return sampling.event(NoiseSpec(noise_multiplier, self.strategy, self.arithmetic), steps)
 
-    def head_room(self, noise_multiplier: float, steps: int, delta: float, accountant: str) -> HeadRoom | None:
+    def head_room(
+        self, noise_multiplier: float, steps: int, delta: float, accountant: str
+    ) -> HeadRoom | None:
         """What the cap on a draw costs, or None without one."""
         event = self.event(noise_multiplier, steps)
-        return cost_of_cap(event, delta, accountant) if isinstance(event, TruncatedPoissonGaussianEvent) else None
+        return (
+            cost_of_cap(event, delta, accountant)
+            if isinstance(event, TruncatedPoissonGaussianEvent)
+            else None
+        )
 
-    def plan(
-        self, noise_multiplier: float, max_grad_norm: float, steps: int, units: float
-    ) -> PrivacyPlan:
+    def plan(self, noise_multiplier: float, max_grad_norm: float, steps: int, units: float) -> PrivacyPlan:
         """The plan for about `units` units (a noisy number)."""
         return PrivacyPlan(
             sample_rate=self.sample_rate,
