@@ -136,18 +136,7 @@ class Ledger:
         accountant = accountant or ("rdp" if adaptive else "pld")
         check_accountant(accountant)
         check_relation(relation)
-        fixed = {}
-        if adaptive:
-            if accountant != "rdp":
-                raise UnsupportedOperationError(
-                    f"accountant: {accountant!r} is no bound where parameters are chosen during a run; an adaptive "
-                    "ledger needs 'rdp'"
-                )
-            if target_epsilon is None:
-                raise ConfigError(
-                    "target_epsilon: is missing; an adaptive ledger guarantees a target, fixed before"
-                )
-            fixed["filter"] = filter_for(target_epsilon, delta, relation, planned).to_dict()
+        fixed = _fixed_filter(accountant, target_epsilon, delta, relation, planned) if adaptive else {}
         ledger = cls(
             Chain.create(
                 path,
@@ -433,6 +422,20 @@ def _check_header(line: Line) -> None:
         if line["target_epsilon"] is None:
             raise ValueError("has a filter and no target")
     _check_key(line)
+
+
+def _fixed_filter(
+    accountant: str, target: float | None, delta: float, relation: str, planned: Sequence[Event]
+) -> dict[str, Any]:
+    """The header's field of an adaptive ledger."""
+    if accountant != "rdp":
+        raise UnsupportedOperationError(
+            f"accountant: {accountant!r} is no bound where parameters are chosen during a run; an adaptive "
+            "ledger needs 'rdp'"
+        )
+    if target is None:
+        raise ConfigError("target_epsilon: is missing; an adaptive ledger guarantees a target, fixed before")
+    return {"filter": filter_for(target, delta, relation, planned).to_dict()}
 
 
 def _check_key(line: Line) -> None:

@@ -20,6 +20,8 @@ from synthward.engine.errors import ConfigError
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 REPLACE_ONE = "replace_one"
 RELATIONS = (ADD_OR_REMOVE_ONE, REPLACE_ONE)
+# Whole numbers up to here are exact in float64, which the accountants compute in.
+MOST_COUNT = 10**15
 
 
 class _Event:
@@ -354,8 +356,10 @@ def check_noise_multiplier(value: float) -> None:
 
 
 def check_steps(value: int, name: str = "steps") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name}: got {value!r}; give a whole number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_COUNT:
+        raise ConfigError(
+            f"{name}: got {str(value)[:80]}; give a whole number of at least 0 and at most 10^15"
+        )
 
 
 def check_delta(value: float) -> None:
@@ -369,8 +373,10 @@ def check_epsilon(value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: got {value!r}; give a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
+        raise ConfigError(
+            f"{name}: got {str(value)[:80]}; give a whole number of at least 1 and at most 10^15"
+        )
 
 
 def _is_number(value: object) -> bool:

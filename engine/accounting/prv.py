@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 
 from synthward.engine.accounting.events import (
@@ -10,11 +12,14 @@ from synthward.engine.accounting.events import (
     GaussianEvent,
     PoissonGaussianEvent,
 )
+from synthward.engine.accounting.rdp import rdp_epsilon
 from synthward.engine.errors import ConfigError
 
 _EPSILON_ERROR = 0.01
 # Over delta.
 _DELTA_ERROR = 1e-4
+# Of the package's grid: beyond, it takes minutes and gigabytes for an epsilon of hundreds.
+_MOST_POINTS = 2e7
 
 
 def prv_epsilon(events: Sequence[Event], delta: float, relation: str = ADD_OR_REMOVE_ONE) -> float:
@@ -48,19 +53,36 @@ def prv_bounds(
         for rate, noise, _ in mechanisms
     ]
     counts = [count for _, _, count in mechanisms]
+    _check_size(events, counts, delta)
     try:
-        built = prv_accountant.PRVAccountant(
-            prvs=prvs,
-            max_self_compositions=counts,
-            eps_error=_EPSILON_ERROR,
-            delta_error=delta * _DELTA_ERROR,
-        )
-        low, estimate, high = built.compute_epsilon(delta=delta, num_self_compositions=counts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            built = prv_accountant.PRVAccountant(
+                prvs=prvs,
+                max_self_compositions=counts,
+                eps_error=_EPSILON_ERROR,
+                delta_error=delta * _DELTA_ERROR,
+            )
+            found = built.compute_epsilon(delta=delta, num_self_compositions=counts)
+        low, estimate, high = map(float, found)
+        if not (low <= estimate <= high < math.inf and high >= 0.0):
+            raise ValueError(f"its bounds are {low:g}, {estimate:g} and {high:g}")
     except (RuntimeError, ValueError, FloatingPointError, OverflowError) as error:
         raise ConfigError(
             f"accountant 'prv' can not answer here ({error}); use 'pld' (the default)"
         ) from None
-    return float(low), float(estimate), float(high)
+    return max(0.0, low), max(0.0, estimate), high
+
+
+def _check_size(events: Sequence[Event], counts: Sequence[int], delta: float) -> None:
+    """The package's grid, estimated as it does: as wide as epsilon by RDP, its mesh by theorem 5.5 of the paper."""
+    error = delta * _DELTA_ERROR
+    width = rdp_epsilon(events, error / 4.0) + 3.0
+    mesh = _EPSILON_ERROR / math.sqrt(sum(counts) / 2.0 * math.log(12.0 / error))
+    if 2.0 * width / mesh > _MOST_POINTS:
+        raise ConfigError(
+            "accountant 'prv' can not answer here: epsilon or steps are too many for its grid; use 'pld'"
+        )
 
 
 def _mechanism(event: Event) -> tuple[float, float, int]:

@@ -20,7 +20,18 @@ import typer
 from typer.main import get_command
 
 from synthward import __version__
-from synthward.commands import accounting, audit, cohort, evaluate, fit, sample, schema, simulate, statement
+from synthward.commands import (
+    accounting,
+    audit,
+    cohort,
+    evaluate,
+    fit,
+    sample,
+    schema,
+    simulate,
+    statement,
+    tune,
+)
 from synthward.commands.common import Interrupted
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 128 + signal.SIGINT
@@ -51,6 +62,7 @@ def _options(
 app.command("simulate")(simulate.simulate)
 app.command("schema")(schema.schema)
 app.command("fit")(fit.fit)
+app.command("tune")(tune.tune)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("statement")(statement.statement)

@@ -22,7 +22,7 @@ from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.accounting.events import StepsEvent
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
-from synthward.engine.errors import CheckpointError, ConfigError
+from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
 from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
@@ -237,15 +237,28 @@ class PrivacyEngine:
         if session.core.has_sum:
             raise CheckpointError("a step is under way; call optimizer.step() before save_checkpoint()")
         info = {"events": [event.to_dict() for event in self._spent()], "kind": self.accountant.kind}
+        if self.ledger is not None:
+            info["ledger_head"] = self.ledger.head
         save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Continue from `save_checkpoint`: the spent budget is added to this engine's own; keys are fresh
-        ones."""
+        ones.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another network.
+            LedgerError: this engine's ledger is not the one that the checkpoint was saved under, or is an older copy.
+        """
         session = self._session()
         tensors, info = load_checkpoint(path)
         if not isinstance(info.get("events"), list):
             raise CheckpointError(f"{path}: holds no spent budget")
+        head = info.get("ledger_head")
+        if head is not None and self.ledger is not None and not self.ledger.holds(head):
+            raise LedgerError(
+                f"{self.ledger.path}: does not hold the head that {path} names; lines were cut off, or it is another "
+                "ledger"
+            )
         events = [event_from_dict(event) for event in info["events"]]
         session.core.source.check_may_go_back()
         session.discard()
@@ -271,6 +284,8 @@ class PrivacyEngine:
             count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
             self.ledger.lease(event, step, count, part=lease.part)
             lease.start, lease.steps = step, count
+            # Counts this step as taken: a checkpoint loaded now may ask for it again.
+            self.ledger.covers(step, event, part=lease.part)
         if event.is_one_mechanism:
             lease.taken += 1
         else:

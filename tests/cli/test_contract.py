@@ -18,6 +18,7 @@ COMMANDS = (
     "simulate",
     "schema",
     "fit",
+    "tune",
     "sample",
     "evaluate",
     "statement",

@@ -149,6 +149,7 @@ def whole_fit(folder: Path) -> None:
         accountant="rdp", steps=FIT_STEPS, sample_rate=0.1, settings={"hidden": 8, "blocks": 1}
     )
     data = folder.parent
+    budget = data / "budget.jsonl"
     fit_run(
         data / "data.csv",
         load_schema(data / "schema.toml"),
@@ -157,6 +158,7 @@ def whole_fit(folder: Path) -> None:
         out=folder,
         options=options,
         resume=True,
+        budget_file=budget if budget.exists() else None,
     )
 
 

@@ -103,7 +103,7 @@ def neighbours(extra: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return others + more, others
 
 
-UNLIKE = re.compile(rb'"(created|time|t_utc|run_id|hash|prev)": ?"[^"]*"')
+UNLIKE = re.compile(rb'"(created|time|t_utc|run_id|hash|prev|ledger_head)": ?"[^"]*"')
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -92,11 +92,13 @@ def audit_canaries(
     included = rng.random(count) < 0.5
     keys = KeySchedule.from_os()
     with tempfile.TemporaryDirectory(prefix="synthward-audit-") as place:
-        changed = {"run_id": secrets.token_hex(8), "status": "started", "seed": None, "private": True}
-        made = RunFolder.create(Path(place) / "run", {**info, **changed}, schema)
+        run_id = secrets.token_hex(8)
+        fresh = {"run_id": run_id, "status": "started", "seed": None, "private": True}
+        fresh |= {"budget_id": None, "ledger_head": None}
+        made = RunFolder.create(Path(place) / "run", {**info, **fresh}, schema)
         ledger = Ledger.create(
             made.ledger_path,
-            run_id=changed["run_id"],
+            run_id=run_id,
             unit=info["unit"],
             delta=info["delta"],
             key_id=keys.key_id,

@@ -18,7 +18,7 @@ from synthward.engine import (
     physical_batches,
 )
 from synthward.engine.accounting import epsilon_curve
-from synthward.engine.errors import BudgetExceededError
+from synthward.engine.errors import BudgetExceededError, LedgerError
 from synthward.generators import Batch
 from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FILE, MODEL_FILE, RunFolder, draw_context
@@ -100,6 +100,7 @@ class Training:
         if count:
             self._checkpoint(first + count)
             self.ledger.close_lease(count)
+            self.folder.update(ledger_head=self.ledger.head)
         return first + count
 
     def _pay(self, first: int) -> int:
@@ -136,12 +137,19 @@ class Training:
         tensors = {f"generator.{k}": v for k, v in self.generator.state(resume=True).items()}
         tensors |= {f"trainer.{k}": v for k, v in self.trainer.state_dict().items()}
         tensors["step"] = torch.tensor(step)
+        # Whoever puts an older ledger back has to put the model back, too.
+        tensors["ledger_head"] = torch.tensor(list(bytes.fromhex(self.ledger.head)), dtype=torch.uint8)
         self.folder.save_tensors(CHECKPOINT_FILE, tensors)
 
     def _restore(self) -> int:
         if not (self.folder.path / CHECKPOINT_FILE).is_file():
             return 0
         tensors = self.folder.load_tensors(CHECKPOINT_FILE)
+        head = tensors.pop("ledger_head", None)
+        if head is not None and not self.ledger.holds(bytes(head.tolist()).hex()):
+            raise LedgerError(
+                f"{self.ledger.path}: does not hold the head that the checkpoint names; lines were cut off or replaced"
+            )
         parts: dict[str, dict[str, torch.Tensor]] = {"generator": {}, "trainer": {}}
         for key, value in tensors.items():
             if key != "step":
