@@ -193,13 +193,14 @@ class DatasetBudget:
             self._check_order("reserve", run_id, entries)
             before = self.cost(list(entries.values()))
             known = entries.get(run_id)
-            entries[run_id] = Entry(run_id, known.state if known else "reserved", tuple(events))
+            entries[run_id] = Entry(run_id, "reserved", tuple(events))
+            kept = "nothing more is spent" if known else "nothing was read or spent"
             after, total = self.cost(list(entries.values())), self._header["epsilon"]
             if after > total:
                 raise BudgetExceededError(
                     f"{self.path}: this would bring what is spent and reserved from epsilon {before:.6g} to "
                     f"{after:.6g} of {total:g} at delta {self._header['delta']:g} (by RDP, as releases here "
-                    "may depend on each other); nothing was read or spent"
+                    f"may depend on each other); {kept}"
                 )
             chain.append("reserve", run_id=run_id, events=[e.to_dict() for e in merge_events(events)])
 
@@ -260,7 +261,7 @@ def _entries(lines: Sequence[Line]) -> dict[str, Entry]:
             events = tuple(event_from_dict(event) for event in line["events"])
         else:
             events = known.events if known and kind != "cancel" else ()
-        state = _STATES.get(kind) or (known.state if known else "reserved")
+        state = _next_state(kind, known.state if known else None)
         found[run_id] = Entry(run_id, state, events, line.get("ledger_head"))
     return found
 
@@ -272,8 +273,13 @@ def _state(lines: Sequence[Line], run_id: str) -> State | None:
         if line["kind"] == "recovered":
             state = "started" if state == "reserved" else state
         elif line["run_id"] == run_id:
-            state = _STATES.get(line["kind"]) or state or "reserved"
+            state = _next_state(line["kind"], state)
     return state
+
+
+def _next_state(kind: str, state: State | None) -> State:
+    """A run that reserves anew stays started if it was."""
+    return _STATES.get(kind) or ("started" if state == "started" else "reserved")
 
 
 def _check_line(before: Sequence[Line], line: Line) -> None:

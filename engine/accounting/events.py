@@ -351,7 +351,8 @@ def check_sample_rate(value: float) -> None:
 
 
 def check_noise_multiplier(value: float) -> None:
-    if not (_is_number(value) and value >= 0.0):
+    # Beyond that its square is no number any more, which accountants take.
+    if not (_is_number(value) and 0.0 <= value <= 1e100):
         raise ConfigError(f"noise multiplier: got {value!r}; give a finite number of at least 0")
 
 

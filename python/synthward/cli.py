@@ -22,7 +22,9 @@ from typer.main import get_command
 from synthward import __version__
 from synthward.commands import (
     accounting,
+    attest,
     audit,
+    budget,
     cohort,
     evaluate,
     fit,
@@ -70,6 +72,9 @@ app.command("audit")(audit.audit)
 app.command("cohort")(cohort.cohort)
 app.command("account")(accounting.account)
 app.command("ledger")(accounting.ledger)
+app.command("budget")(budget.budget)
+app.command("sign")(attest.sign)
+app.command("verify")(attest.verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

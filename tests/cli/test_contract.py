@@ -26,6 +26,9 @@ COMMANDS = (
     "cohort",
     "account",
     "ledger",
+    "budget",
+    "sign",
+    "verify",
 )
 
 

@@ -81,6 +81,11 @@ def test_what_was_never_started_can_be_given_back_and_nothing_else(budget):
     budget.reserve("a", RUN, unit="patient")
     budget.cancel("a")
     assert budget.spent() == 0.0
+    with pytest.raises(LedgerError, match="cancelled"):
+        budget.start("a")
+    budget.reserve("a", [QUERY], unit="patient")
+    assert budget.spent() == cost(QUERY) and budget.entries()[0].state == "reserved"
+    budget.cancel("a")
     for state in ("started", "settled"):
         budget.reserve(state, [QUERY], unit="patient")
         budget.start(state)

@@ -78,15 +78,17 @@ def account(
 
 @interruptible("run the command again")
 def ledger(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run, or its ledger file.")],
     json: Json = False,
 ) -> None:
-    """Verify a run's ledger and show what was spent."""
-    from synthward.commands.ledger import show_ledger
+    """Verify a run's ledger and show what was spent; from the ledger alone."""
+    from synthward.commands.ledger import event_table, show_ledger
 
     result = show_ledger(run)
     budget = budget_line(result["epsilon"], result["delta"], result["unit"], private=result["private"])
-    emit(result, [*_lines(result), budget], as_json=json)
+    facts = {name: value for name, value in result.items() if name != "events"}
+    lines = [*_lines(facts), "events:", *(f"  {line}" for line in event_table(result["events"])), budget]
+    emit(result, lines, as_json=json)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
