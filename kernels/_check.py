@@ -11,7 +11,8 @@ from torch import Tensor
 
 STREAM_BITS = 15  # the sixteenth marks extension blocks, see _chacha.py
 STEP_BITS = 48
-_FLOAT32 = np.finfo(np.float32)
+# As Python's numbers: a comparison with NumPy's would round the other side to float32.
+FLOAT32_MAX, FLOAT32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 def matrix(tensor: Tensor, name: str) -> None:
@@ -107,14 +108,14 @@ def finite(value: float, name: str, low: float = -math.inf) -> None:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number") from None
-    if not low <= number <= _FLOAT32.max or number < _FLOAT32.min:
+    if not low <= number <= FLOAT32_MAX or number < -FLOAT32_MAX:
         at_least = "" if low == -math.inf else f" of at least {low:g}"
         raise ValueError(f"{name}: got {value}, expected a finite number{at_least}")
 
 
 def noise_std(value: float) -> None:
     finite(value, "noise_std", 0.0)
-    if 0 < value < _FLOAT32.tiny:
+    if 0 < value < FLOAT32_TINY:
         raise ValueError(f"noise_std: got {value}, which float32 cannot hold; use 0 for no noise")
 
 

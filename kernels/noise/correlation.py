@@ -45,7 +45,7 @@ class Correlation:
             for number in numbers:
                 _check.finite(number, name)
             object.__setattr__(self, name, tuple(map(float, numbers)))
-        if not self.taps or self.taps[0] < torch.finfo(torch.float32).tiny:
+        if not self.taps or self.taps[0] < _check.FLOAT32_TINY:
             raise ValueError("taps: the first must be positive, or a step would have no noise of its own")
         for name in ("decays", "gains"):
             if len(getattr(self, name)) != len(self.weights):

@@ -228,15 +228,18 @@ def pass_state(w, numbers_ptr, taps, state_ptr, slots, stride, i, inside):
         for k in range(slots):
             weight = tl.load(weights_ptr + k)
             at = state_ptr + k * stride.to(tl.int64) + i
-            w = w - weight * tl.load(at, mask=inside & (weight != 0.0), other=0.0)
+            if weight != 0.0:
+                w = w - weight * tl.load(at, mask=inside, other=0.0)
         for k in range(slots):
             decay = tl.load(weights_ptr + slots + k)
             gain = tl.load(weights_ptr + 2 * slots + k)
             at = state_ptr + k * stride.to(tl.int64) + i
-            kept = decay * tl.load(at, mask=inside & (decay != 0.0), other=0.0)
-            fresh = gain * w
-            fresh = tl.where(decay != 0.0, kept + fresh, fresh)
-            tl.store(at, fresh, mask=inside & ((decay != 1.0) | (gain != 0.0)))
+            # Unless decay is 1 and gain 0; the interpreter cannot join two conditions.
+            if tl.abs(decay - 1.0) + tl.abs(gain) != 0.0:
+                fresh = gain * w
+                if decay != 0.0:
+                    fresh = decay * tl.load(at, mask=inside, other=0.0) + fresh
+                tl.store(at, fresh, mask=inside)
     return w
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from synthward.kernels import _check
@@ -195,4 +194,4 @@ def _check_adam(
     if bias_variance is not None and min_second_moment is not None:
         _check.finite(bias_variance, "bias_variance", 0.0)
         # Anything less is a division by zero where the noise took all of the second moment.
-        _check.finite(min_second_moment, "min_second_moment", torch.finfo(torch.float32).tiny)
+        _check.finite(min_second_moment, "min_second_moment", _check.FLOAT32_TINY)

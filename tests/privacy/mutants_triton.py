@@ -220,8 +220,8 @@ TRITON = [
     Mutant(
         "Adam: the last element is not updated",
         UPDATE,
-        "param_ptr, grad_ptr, m_ptr, v_ptr, i, (i >= 0) & (i < count), noise_std * z[lane], keep,",
-        "param_ptr, grad_ptr, m_ptr, v_ptr, i, (i >= 0) & (i < count - 1), noise_std * z[lane], keep,",
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, inside, noise_std * w, keep,",
+        "param_ptr, grad_ptr, m_ptr, v_ptr, i, inside & (i < count - 1), noise_std * w, keep,",
         (NOISE + "test_adam_is_that_of_the_cpu_bit_for_bit[False-1.3-700]",),
     ),
     Mutant(
@@ -234,8 +234,8 @@ TRITON = [
     Mutant(
         "SGD: the last element is not updated",
         UPDATE,
-        "param_ptr, grad_ptr, buffer_ptr, i, (i >= 0) & (i < count), noise_std * z[lane],",
-        "param_ptr, grad_ptr, buffer_ptr, i, (i >= 0) & (i < count - 1), noise_std * z[lane],",
+        "param_ptr, grad_ptr, buffer_ptr, i, inside, noise_std * w,",
+        "param_ptr, grad_ptr, buffer_ptr, i, inside & (i < count - 1), noise_std * w,",
         (NOISE + "test_sgd_is_that_of_the_cpu_bit_for_bit[0.9-0.5-False-1.3-700]",),
     ),
     Mutant(
