@@ -143,7 +143,7 @@ class FusedAdam:
 
     def _second_moment(
         self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """What is done to the second moment of the group that begins at `start`."""
         return {}
 
@@ -181,7 +181,7 @@ class FusedAdamBC(FusedAdam):
 
     def _second_moment(
         self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         beta2 = float(group["betas"][1])
         variance = noise.added_variance() * grad_scale**2
         average = beta2 * self._averages.get(start, 0.0) + (1.0 - beta2) * variance
