@@ -12,18 +12,36 @@ struct NoiseStream {
   uint64_t nonce;
 };
 
+// Noise that is correlated over steps (core/correlated.inl): taps are those of this step and the ones before it. state
+// holds num_slots rows, row_stride floats from one to the next.
+struct Correlation {
+  const float *taps, *weights, *decays, *gains;
+  int64_t num_taps, num_slots, row_stride;
+  float* state;
+};
+
 // Scalars are rounded to float once, from the doubles that torch.optim computes with.
 struct AdamArgs {
   float *param, *grad, *exp_avg, *exp_avg_sq;
   float noise_std, grad_scale, one_minus_beta1, beta2, one_minus_beta2;
   float l2, keep;  // weight decay in the gradient; factor of decoupled weight decay
   float step_size, eps, bias2_sqrt_inv;
+  // Where corrected: the noise's part of the second moment is taken off, and what is left kept above a floor.
+  float bias2_inv, bias_variance, min_second_moment;
+  int is_corrected;
 };
 
 struct SgdArgs {
   float *param, *grad, *momentum_buffer;
   float noise_std, grad_scale, lr, momentum, one_minus_dampening, weight_decay;
   int nesterov, first_step;
+};
+
+// Sums on a grid, a power of two: per_grid is 1 / grid, scale the noise's standard deviation over the grid.
+struct ReleaseArgs {
+  double* sums;
+  float* out;
+  double grid, per_grid, scale;
 };
 
 // A convolution of images [groups * channels][size...] to [groups * outputs][out...]; channels and outputs are those
@@ -40,9 +58,11 @@ struct KernelTable {
   // One vector of consecutive blocks at a time; out[word * 16 + block] for 16 of them.
   void (*chacha_blocks16)(const uint32_t* state, uint64_t counter, uint32_t* out);
   void (*gaussian)(const NoiseStream*, int64_t start, int64_t count, float* out);
-  void (*add_gaussian)(const NoiseStream*, int64_t start, int64_t count, float noise_std, float* out);
-  void (*adam)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const AdamArgs*);
-  void (*sgd)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const SgdArgs*);
+  // A correlation may be null; its state is that of the whole buffer.
+  void (*add_gaussian)(const NoiseStream*, const Correlation*, int64_t start, int64_t from, int64_t to,
+                       float noise_std, float* out);
+  void (*adam)(const NoiseStream*, const Correlation*, int64_t start, int64_t from, int64_t to, const AdamArgs*);
+  void (*sgd)(const NoiseStream*, const Correlation*, int64_t start, int64_t from, int64_t to, const SgdArgs*);
   // Units of more than kLongestGram rows are left alone: the caller has a better method for them.
   void (*outer_sq_norms)(const float* a, const float* g, const int64_t* offsets, int64_t from, int64_t to, int64_t d,
                          int64_t p, float* out);
@@ -91,6 +111,10 @@ struct KernelTable {
   void (*product_layout)(int64_t n, int64_t q, int64_t* pieces, int64_t* scratch);
   void (*product)(const float* x, const float* w, const float* bias, int64_t n, int64_t k, int64_t q,
                   int is_transposed, int64_t index, float* out, float* scratch);
+  // Integer noise (core/discrete.inl).
+  void (*wide_normals)(const uint64_t* radius, const uint64_t* angle, int64_t n, double* cosines, double* sines);
+  void (*rounded_gaussian)(const NoiseStream*, int64_t start, int64_t count, double scale, int64_t* out);
+  void (*discrete_release)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const ReleaseArgs*);
 };
 
 const int64_t kLongestGram = 64;

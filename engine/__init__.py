@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from synthward.engine.keys import KeySchedule as KeySchedule
     from synthward.engine.layout import Layout as Layout
     from synthward.engine.ledger import Ledger as Ledger
+    from synthward.engine.optimizers import DPAdamBC as DPAdamBC
     from synthward.engine.plan import PrivacyPlan as PrivacyPlan
     from synthward.engine.queries import QueryMechanism as QueryMechanism
     from synthward.engine.sampling import PoissonSampler as PoissonSampler
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Found on first use, so that accounting alone never loads torch.
 _HOMES = {
     "ClipSpec": "spec",
+    "DPAdamBC": "optimizers",
     "DPStep": "step",
     "KeySchedule": "keys",
     "Layout": "layout",

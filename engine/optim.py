@@ -10,19 +10,42 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from synthward.engine.errors import CheckpointError
+from synthward.engine.errors import CheckpointError, ConfigError
 from synthward.engine.flat import FlatParameters
-from synthward.kernels import add_gaussian_noise_, noisy_adam_, noisy_sgd_
+from synthward.engine.optimizers import DPAdamBC
+from synthward.kernels import Correlation, add_gaussian_noise_, noisy_adam_, noisy_sgd_
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one logical step: stream coordinates and standard deviation; never used twice."""
+    """The noise of one logical step: stream coordinates and standard deviation; never used twice.
+
+    With a `correlation`, whose state is over the whole flat buffer, `std` is that of the white noise, and `variance`
+    that of what is added to one coordinate in this step (without: ``std**2``).
+    """
 
     key: bytes
     stream: int
     step: int
     std: float
+    correlation: Correlation | None = None
+    variance: float | None = None
+
+    def part(self, start: int, end: int) -> Correlation | None:
+        """The correlation of a part of the flat buffer."""
+        return None if self.correlation is None else self.correlation.part(start, end)
+
+    def added_variance(self) -> float:
+        """Variance of the noise in one coordinate of the sum.
+
+        Raises:
+            ValueError: the noise is correlated and nobody said.
+        """
+        if self.variance is not None:
+            return self.variance
+        if self.correlation is not None:
+            raise ValueError("variance: correlated noise does not tell its own; give it")
+        return self.std**2
 
     def __repr__(self) -> str:
         return f"Noise(stream={self.stream}, step={self.step}, std={self.std})"
@@ -41,10 +64,20 @@ class Updater(Protocol):
 
 
 def make_updater(flat: FlatParameters, optimizer: torch.optim.Optimizer) -> Updater:
-    """The fused update for plain Adam, AdamW and SGD, else the optimizer's own step on the noised mean."""
+    """The fused update for plain Adam, AdamW, DPAdamBC and SGD, else the optimizer's own step on the noised mean.
+
+    Raises:
+        ConfigError: a DPAdamBC with options that its update does not have.
+    """
     updater: Updater
     kind = type(optimizer)
-    if kind in (torch.optim.Adam, torch.optim.AdamW) and _plain(optimizer, ("amsgrad",)):
+    if isinstance(optimizer, DPAdamBC):
+        if kind is not DPAdamBC or not _plain(optimizer, ("amsgrad",)):
+            raise ConfigError(
+                "DPAdamBC has no subclasses and no amsgrad, maximize, capturable or differentiable"
+            )
+        updater = FusedAdamBC(flat, optimizer)
+    elif kind in (torch.optim.Adam, torch.optim.AdamW) and _plain(optimizer, ("amsgrad",)):
         updater = FusedAdam(flat, optimizer)
     elif kind is torch.optim.SGD and _plain(optimizer, ()):
         updater = FusedSgd(flat, optimizer)
@@ -104,7 +137,15 @@ class FusedAdam:
                 weight_decay=float(group["weight_decay"]),
                 decoupled=decoupled,
                 adam_step=self._updates,
+                correlation=noise.part(start, end),
+                **self._second_moment(start, group, noise, grad_scale),
             )
+
+    def _second_moment(
+        self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
+    ) -> dict[str, Any]:
+        """What is done to the second moment of the group that begins at `start`."""
+        return {}
 
     def export_state(self) -> None:
         if self._updates == 0:
@@ -125,6 +166,51 @@ class FusedAdam:
                 span.view(self._exp_avg).copy_(state["exp_avg"])
                 span.view(self._exp_avg_sq).copy_(state["exp_avg_sq"])
                 self._updates = max(self._updates, int(state["step"]))
+
+
+class FusedAdamBC(FusedAdam):
+    """`DPAdamBC`: the variance of the noise is averaged as the second moment is, and taken off it.
+
+    So what is taken off is what the moment holds of it, where the noise is not the same in all steps, too.
+    """
+
+    def __init__(self, flat: FlatParameters, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(flat, optimizer)
+        # By begin of the optimizer's group.
+        self._averages: dict[int, float] = {}
+
+    def _second_moment(
+        self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
+    ) -> dict[str, Any]:
+        beta2 = float(group["betas"][1])
+        variance = noise.added_variance() * grad_scale**2
+        average = beta2 * self._averages.get(start, 0.0) + (1.0 - beta2) * variance
+        self._averages[start] = average
+        return {
+            "bias_variance": average / (1.0 - beta2**self._updates),
+            "min_second_moment": float(group["min_second_moment"]),
+        }
+
+    def export_state(self) -> None:
+        super().export_state()
+        for span in self._flat if self._updates else ():
+            average = self._averages[self._flat.group_ranges[span.group][0]]
+            self._optimizer.state[span.parameter]["noise_variance"] = torch.tensor(
+                average, dtype=torch.float64
+            )
+
+    def import_state(self) -> None:
+        self._averages = {}
+        for span in self._flat:
+            state = self._optimizer.state.get(span.parameter)
+            if state:
+                if "noise_variance" not in state:
+                    raise CheckpointError(
+                        f"optimizer state of {span.name!r}: has no 'noise_variance', so it is not DPAdamBC's"
+                    )
+                start = self._flat.group_ranges[span.group][0]
+                self._averages[start] = float(state["noise_variance"])
+        super().import_state()
 
 
 class FusedSgd:
@@ -156,6 +242,7 @@ class FusedSgd:
                 nesterov=bool(group["nesterov"]),
                 weight_decay=float(group["weight_decay"]),
                 first_step=self._is_first,
+                correlation=noise.part(start, end),
             )
         self._is_first = False
 
@@ -188,7 +275,12 @@ class TorchUpdate:
         flat = self._flat
         if noise.std:
             add_gaussian_noise_(
-                flat.summed_grad, key=noise.key, stream=noise.stream, step=noise.step, noise_std=noise.std
+                flat.summed_grad,
+                key=noise.key,
+                stream=noise.stream,
+                step=noise.step,
+                noise_std=noise.std,
+                correlation=noise.correlation,
             )
         flat.summed_grad.mul_(grad_scale)
         for span, total in zip(flat, flat.sums, strict=True):

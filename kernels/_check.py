@@ -11,7 +11,8 @@ from torch import Tensor
 
 STREAM_BITS = 15  # the sixteenth marks extension blocks, see _chacha.py
 STEP_BITS = 48
-_FLOAT32 = np.finfo(np.float32)
+# As Python's numbers: a comparison with NumPy's would round the other side to float32.
+FLOAT32_MAX, FLOAT32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 def matrix(tensor: Tensor, name: str) -> None:
@@ -44,6 +45,34 @@ def flat_float(tensor: Tensor, name: str, length: int | None = None) -> None:
     if tensor.ndim != 1 or (length is not None and len(tensor) != length):
         expected = "P" if length is None else length
         raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{expected}]")
+
+
+def flat_sum(tensor: Tensor, name: str, length: int) -> None:
+    """An accumulator: float32, or float64 for sums that are exact but for their own rounding."""
+    if tensor.dtype != torch.float64:
+        flat_float(tensor, name, length)
+    elif tensor.ndim != 1 or len(tensor) != length:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{length}]")
+
+
+def flat_double(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.float64:
+        raise TypeError(f"{name}: has dtype {tensor.dtype}, expected torch.float64")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [P]")
+
+
+def apart(tensor: Tensor, written: Tensor, name: str) -> None:
+    """No byte of one flat tensor may lie within the other."""
+    (first, end), (other, other_end) = _extent(tensor), _extent(written)
+    if first < other_end and other < end and tensor.device == written.device:
+        raise ValueError(f"{name}: overlaps another argument")
+
+
+def _extent(flat: Tensor) -> tuple[int, int]:
+    first = flat.data_ptr()
+    size = flat.element_size()
+    return first, first + (((len(flat) - 1) * flat.stride(0) + 1) * size if len(flat) else 0)
 
 
 def unit_count(offsets: Tensor | None, rows: int) -> int:
@@ -79,15 +108,22 @@ def finite(value: float, name: str, low: float = -math.inf) -> None:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number") from None
-    if not low <= number <= _FLOAT32.max or number < _FLOAT32.min:
+    if not low <= number <= FLOAT32_MAX or number < -FLOAT32_MAX:
         at_least = "" if low == -math.inf else f" of at least {low:g}"
         raise ValueError(f"{name}: got {value}, expected a finite number{at_least}")
 
 
 def noise_std(value: float) -> None:
     finite(value, "noise_std", 0.0)
-    if 0 < value < _FLOAT32.tiny:
+    if 0 < value < FLOAT32_TINY:
         raise ValueError(f"noise_std: got {value}, which float32 cannot hold; use 0 for no noise")
+
+
+def index(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
 
 
 def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
@@ -102,9 +138,5 @@ def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
         ("count", count, 1 << 63),
         ("start", start, (1 << 63) - max(count, 0)),
     ):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an integer") from None
-        if not 0 <= number < limit:
+        if not 0 <= index(value, name) < limit:
             raise ValueError(f"{name}: got {value}, expected 0 <= {name} < {limit}")

@@ -9,6 +9,7 @@
 #include "allocation.h"
 #include "bindings/array_view.h"
 #include "bindings/dense.h"
+#include "bindings/noise.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -20,32 +21,9 @@ using Longs = Array<int64_t>;
 using MaybeFloats = std::optional<Floats>;
 using MaybeLongs = std::optional<Longs>;
 
-// Elements that are worth a thread of their own (a multiple of 256: whole groups of normals). Norms and sums
-// are cut into units, rows or columns of about as many.
-constexpr int64_t kGrain = 65536;
-
+// Units, rows or columns of about as many elements.
 int64_t grain_of(int64_t elements, int64_t pieces) {
   return pieces < 1 ? 1 : std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements / pieces));
-}
-
-NoiseStream make_stream(const py::bytes& key, int64_t stream, int64_t step) {
-  const std::string text = key;
-  if (text.size() != 32) refuse("key", "has " + std::to_string(text.size()) + " bytes, expected 32");
-  if (stream < 0 || stream >= (1 << 15)) refuse("stream", "is not in [0, 2^15)");
-  if (step < 0 || step >= (int64_t{1} << 48)) refuse("step", "is not in [0, 2^48)");
-  NoiseStream out{};
-  for (int i = 0; i < 8; ++i) {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(text.data()) + 4 * i;
-    out.key[i] = uint32_t{bytes[0]} | uint32_t{bytes[1]} << 8 | uint32_t{bytes[2]} << 16 | uint32_t{bytes[3]} << 24;
-  }
-  out.nonce = static_cast<uint64_t>(stream) << 48 | static_cast<uint64_t>(step);
-  return out;
-}
-
-void check_range(int64_t start, int64_t count) {
-  if (start < 0) refuse("start", "is negative");
-  if (count < 0) refuse("count", "is negative");
-  if (start > INT64_MAX - count) refuse("start", "is too large");
 }
 
 struct Units {
@@ -227,83 +205,6 @@ void gaussian_noise(Floats& out, const py::bytes& key, int64_t stream, int64_t s
                [=, &table](int64_t f, int64_t t) { table.gaussian(&noise, start + f, t - f, po + f); });
 }
 
-void add_gaussian_noise(Floats& tensor, const py::bytes& key, int64_t stream, int64_t step, int64_t start,
-                        float noise_std, int threads) {
-  const NoiseStream noise = make_stream(key, stream, step);
-  float* po = output(tensor, "tensor", 1);
-  const int64_t n = tensor.shape(0);
-  check_range(start, n);
-  py::gil_scoped_release release;
-  const KernelTable& table = kernels();
-  parallel_for(n, kGrain, threads,
-               [=, &table](int64_t f, int64_t t) { table.add_gaussian(&noise, start + f, t - f, noise_std, po + f); });
-}
-
-// The buffers of one update: flat, of one length, and none inside another.
-void check_buffers(const std::vector<std::pair<const char*, Floats*>>& buffers, int64_t start) {
-  const int64_t n = buffers[0].second->shape(0);
-  check_range(start, n);
-  for (size_t i = 0; i < buffers.size(); ++i) {
-    check_length(buffers[i].second->shape(0), n, buffers[i].first);
-    for (size_t j = 0; j < i; ++j) check_apart(*buffers[j].second, *buffers[i].second, buffers[i].first);
-  }
-}
-
-void noisy_adam(Floats& param, Floats& grad, Floats& exp_avg, Floats& exp_avg_sq, const py::bytes& key, int64_t stream,
-                int64_t step, int64_t start, double noise_std, double grad_scale, double lr, double beta1, double beta2,
-                double eps, double weight_decay, bool decoupled, double bias1, double bias2, int threads) {
-  const NoiseStream noise = make_stream(key, stream, step);
-  AdamArgs args{};
-  args.param = output(param, "param", 1);
-  args.grad = output(grad, "summed_grad", 1);
-  args.exp_avg = output(exp_avg, "exp_avg", 1);
-  args.exp_avg_sq = output(exp_avg_sq, "exp_avg_sq", 1);
-  check_buffers({{"param", &param}, {"summed_grad", &grad}, {"exp_avg", &exp_avg}, {"exp_avg_sq", &exp_avg_sq}}, start);
-  args.noise_std = static_cast<float>(noise_std);
-  args.grad_scale = static_cast<float>(grad_scale);
-  args.one_minus_beta1 = static_cast<float>(1.0 - beta1);
-  args.beta2 = static_cast<float>(beta2);
-  args.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  args.l2 = decoupled ? 0.0f : static_cast<float>(weight_decay);
-  args.keep = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
-  args.step_size = static_cast<float>(lr / bias1);
-  args.bias2_sqrt_inv = static_cast<float>(1.0 / std::sqrt(bias2));
-  args.eps = static_cast<float>(eps);
-  const int64_t n = param.shape(0);
-  py::gil_scoped_release release;
-  const KernelTable& table = kernels();
-  parallel_for(n, kGrain, threads,
-               [=, &noise, &args, &table](int64_t f, int64_t t) { table.adam(&noise, start, f, t, &args); });
-}
-
-void noisy_sgd(Floats& param, Floats& grad, std::optional<Floats>& momentum_buffer, const py::bytes& key,
-               int64_t stream, int64_t step, int64_t start, double noise_std, double grad_scale, double lr,
-               double momentum, double dampening, bool nesterov, double weight_decay, bool first_step, int threads) {
-  const NoiseStream noise = make_stream(key, stream, step);
-  SgdArgs args{};
-  args.param = output(param, "param", 1);
-  args.grad = output(grad, "summed_grad", 1);
-  std::vector<std::pair<const char*, Floats*>> buffers{{"param", &param}, {"summed_grad", &grad}};
-  if (momentum_buffer) {
-    args.momentum_buffer = output(*momentum_buffer, "momentum_buffer", 1);
-    buffers.emplace_back("momentum_buffer", &*momentum_buffer);
-  }
-  check_buffers(buffers, start);
-  args.noise_std = static_cast<float>(noise_std);
-  args.grad_scale = static_cast<float>(grad_scale);
-  args.lr = static_cast<float>(lr);
-  args.momentum = static_cast<float>(momentum);
-  args.one_minus_dampening = static_cast<float>(1.0 - dampening);
-  args.weight_decay = static_cast<float>(weight_decay);
-  args.nesterov = nesterov;
-  args.first_step = first_step;
-  const int64_t n = param.shape(0);
-  py::gil_scoped_release release;
-  const KernelTable& table = kernels();
-  parallel_for(n, kGrain, threads,
-               [=, &noise, &args, &table](int64_t f, int64_t t) { table.sgd(&noise, start, f, t, &args); });
-}
-
 }  // namespace
 }  // namespace synthward
 
@@ -314,6 +215,8 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_dense(m);
   bind_conv(m);
   bind_normalize(m);
+  bind_discrete(m);
+  bind_update(m);
   m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";
   m.def("outer_sq_norms", &outer_sq_norms, arg("activations").noconvert(), arg("output_grads").noconvert(),
         arg("offsets").noconvert(), arg("out").noconvert(), arg("threads"));
@@ -331,16 +234,6 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("chacha20_block", &chacha20_block, arg("state").noconvert());
   m.def("gaussian_noise", &gaussian_noise, arg("out").noconvert(), arg("key"), arg("stream"), arg("step"),
         arg("start"), arg("threads"));
-  m.def("add_gaussian_noise", &add_gaussian_noise, arg("tensor").noconvert(), arg("key"), arg("stream"), arg("step"),
-        arg("start"), arg("noise_std"), arg("threads"));
-  m.def("noisy_adam", &noisy_adam, arg("param").noconvert(), arg("summed_grad").noconvert(),
-        arg("exp_avg").noconvert(), arg("exp_avg_sq").noconvert(), arg("key"), arg("stream"), arg("step"),
-        arg("start"), arg("noise_std"), arg("grad_scale"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
-        arg("weight_decay"), arg("decoupled"), arg("bias1"), arg("bias2"), arg("threads"));
-  m.def("noisy_sgd", &noisy_sgd, arg("param").noconvert(), arg("summed_grad").noconvert(),
-        arg("momentum_buffer").noconvert(), arg("key"), arg("stream"), arg("step"), arg("start"), arg("noise_std"),
-        arg("grad_scale"), arg("lr"), arg("momentum"), arg("dampening"), arg("nesterov"), arg("weight_decay"),
-        arg("first_step"), arg("threads"));
   m.attr("LONGEST_GRAM") = kLongestGram;
   m.def("reuse_freed_blocks", &reuse_freed_blocks, arg("library"));
   m.def("cpu_isa", [] { return std::string(kernels().name); });

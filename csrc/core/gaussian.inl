@@ -87,6 +87,11 @@ SYNTHWARD_INLINE void gaussian_blocks(const uint32_t* state, uint64_t counter, f
   });
 }
 
+// The normals of one group.
+SYNTHWARD_INLINE void gaussian_group(const uint32_t* state, uint64_t counter, float* normals) {
+  for (int first = 0; first < 16; first += LANES) gaussian_blocks(state, counter + (uint64_t)first, normals + first);
+}
+
 // Calls use(index, normals, count) for runs that do not cross a group; index counts from `from`.
 template <typename Use>
 SYNTHWARD_INLINE void for_normals(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, Use use) {
@@ -98,7 +103,7 @@ SYNTHWARD_INLINE void for_normals(const NoiseStream* stream, int64_t start, int6
     const int64_t place = (int64_t)(element & 255u);
     const int64_t count = 256 - place < to - at ? 256 - place : to - at;
     const uint64_t counter = (element >> 8) * 16;
-    for (int first = 0; first < 16; first += LANES) gaussian_blocks(state, counter + (uint64_t)first, normals + first);
+    gaussian_group(state, counter, normals);
     use(at, (const float*)normals + place, count);
     at += count;
   }
@@ -110,9 +115,7 @@ static void gaussian(const NoiseStream* stream, int64_t start, int64_t count, fl
   });
 }
 
-static void add_gaussian(const NoiseStream* stream, int64_t start, int64_t count, float noise_std, float* out) {
-  for_normals(stream, start, 0, count, [=](int64_t at, const float* z, int64_t n) {
-    float* __restrict target = out + at;
-    for (int64_t i = 0; i < n; ++i) target[i] += noise_std * z[i];
-  });
+SYNTHWARD_INLINE void add_run(float* out, float noise_std, int64_t at, const float* z, int64_t n) {
+  float* __restrict target = out + at;
+  for (int64_t i = 0; i < n; ++i) target[i] += noise_std * z[i];
 }

@@ -1,7 +1,13 @@
 // Noise and optimizer update in one pass: the normals live in registers and one kilobyte of stack.
 // The clipped sum is read once and left at zero for the next logical step.
 
-template <bool kNoise>
+// With the noise's part taken off the second moment: Tang, Shpilevskiy and Lecuyer 2023, algorithm 1. NaN stays NaN.
+SYNTHWARD_INLINE float corrected_root(float v, const AdamArgs& a) {
+  const float rest = v * a.bias2_inv - a.bias_variance;
+  return __builtin_sqrtf(rest < a.min_second_moment ? a.min_second_moment : rest);
+}
+
+template <bool kNoise, bool kCorrected>
 SYNTHWARD_INLINE void adam_run(const AdamArgs* args, int64_t at, const float* __restrict z, int64_t n) {
   const AdamArgs a = *args;
   float* __restrict param = a.param + at;
@@ -17,16 +23,27 @@ SYNTHWARD_INLINE void adam_run(const AdamArgs* args, int64_t at, const float* __
     grad[i] = 0.0f;
     m[i] = mi;
     v[i] = vi;
-    param[i] = w - a.step_size * (mi / (__builtin_sqrtf(vi) * a.bias2_sqrt_inv + a.eps));
+    const float root = kCorrected ? corrected_root(vi, a) : __builtin_sqrtf(vi) * a.bias2_sqrt_inv + a.eps;
+    param[i] = w - a.step_size * (mi / root);
   }
 }
 
-static void adam(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const AdamArgs* args) {
+template <bool kCorrected>
+SYNTHWARD_INLINE void adam_range(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from,
+                                 int64_t to, const AdamArgs* args) {
   if (args->noise_std == 0.0f)
-    adam_run<false>(args, from, nullptr, to - from);
+    adam_run<false, kCorrected>(args, from, nullptr, to - from);
   else
-    for_normals(stream, start, from, to,
-                [=](int64_t at, const float* z, int64_t n) { adam_run<true>(args, at, z, n); });
+    for_noise(stream, correlation, start, from, to,
+              [=](int64_t at, const float* z, int64_t n) { adam_run<true, kCorrected>(args, at, z, n); });
+}
+
+static void adam(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from, int64_t to,
+                 const AdamArgs* args) {
+  if (args->is_corrected)
+    adam_range<true>(stream, correlation, start, from, to, args);
+  else
+    adam_range<false>(stream, correlation, start, from, to, args);
 }
 
 template <bool kNoise>
@@ -55,10 +72,11 @@ SYNTHWARD_INLINE void sgd_run(const SgdArgs* args, int64_t at, const float* __re
   }
 }
 
-static void sgd(const NoiseStream* stream, int64_t start, int64_t from, int64_t to, const SgdArgs* args) {
+static void sgd(const NoiseStream* stream, const Correlation* correlation, int64_t start, int64_t from, int64_t to,
+                const SgdArgs* args) {
   if (args->noise_std == 0.0f)
     sgd_run<false>(args, from, nullptr, to - from);
   else
-    for_normals(stream, start, from, to,
-                [=](int64_t at, const float* z, int64_t n) { sgd_run<true>(args, at, z, n); });
+    for_noise(stream, correlation, start, from, to,
+              [=](int64_t at, const float* z, int64_t n) { sgd_run<true>(args, at, z, n); });
 }

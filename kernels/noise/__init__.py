@@ -8,6 +8,7 @@ from torch import Tensor
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, choose
 from synthward.kernels.noise import cpp_impl, reference
+from synthward.kernels.noise.correlation import Correlation
 
 
 def gaussian_noise(
@@ -51,9 +52,13 @@ def add_gaussian_noise_(
     step: int,
     start: int = 0,
     noise_std: float,
+    correlation: Correlation | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Add ``noise_std`` times the stream's Gaussians to a flat float32 tensor in place, and return it.
+
+    With a `correlation` it is ``noise_std`` times the correlated noise of this step; where ``noise_std`` is 0, neither
+    the tensor nor the correlation's state is written.
 
     Raises:
         TypeError, ValueError: naming the argument; a ``noise_std`` that float32 rounds to zero is refused.
@@ -61,15 +66,18 @@ def add_gaussian_noise_(
     _check.flat_float(tensor, "tensor")
     _check.place(key, stream, step, start, len(tensor))
     _check.noise_std(noise_std)
-    chosen = choose(backend, written=(tensor,))
-    if chosen == "cpp":
-        cpp_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
-    elif chosen == "triton":
+    rows: tuple[Tensor, ...] = ()
+    if correlation is not None:
+        correlation = correlation.checked(step, (tensor,))
+        rows = correlation.rows()
+    chosen = choose(backend, written=(tensor, *rows))
+    if correlation is not None and noise_std == 0.0:
+        return tensor
+    if chosen == "triton":
         from synthward.kernels.noise import triton_impl
 
-        triton_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std)
+        triton_impl.add_gaussian_noise_(tensor, key, stream, step, start, noise_std, correlation)
     else:
-        tensor += noise_std * reference.gaussian_noise(len(tensor), key, stream, step, start).to(
-            tensor.device
-        )
+        made = cpp_impl if chosen == "cpp" else reference
+        made.add_gaussian_noise_(tensor, key, stream, step, start, noise_std, correlation)
     return tensor

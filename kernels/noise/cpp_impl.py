@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from synthward import _C
-from synthward.kernels._select import threads, view, written
+from synthward.kernels._select import maybe_view, threads, view, written
+from synthward.kernels.noise.correlation import Correlation
 
 
 def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:
@@ -13,7 +16,28 @@ def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) 
 
 
 def add_gaussian_noise_(
-    tensor: Tensor, key: bytes, stream: int, step: int, start: int, noise_std: float
+    tensor: Tensor,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    correlation: Correlation | None,
 ) -> None:
-    _C.add_gaussian_noise(view(tensor), key, stream, step, start, noise_std, threads())
-    written(tensor)
+    recipe = recipe_of(correlation)
+    _C.add_gaussian_noise(view(tensor), key, stream, step, start, noise_std, threads(), **recipe)
+    written(tensor, None if correlation is None else correlation.state)
+
+
+def recipe_of(correlation: Correlation | None) -> dict[str, Any]:
+    """A correlation as arguments of the compiled kernels."""
+    if correlation is None:
+        return {}
+    c = correlation
+    return {
+        "taps": c.taps,
+        "weights": c.weights,
+        "decays": c.decays,
+        "gains": c.gains,
+        "state": maybe_view(c.state),
+    }

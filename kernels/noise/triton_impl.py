@@ -6,6 +6,7 @@ vector, so that a lane's normals are one vector too and nothing is transposed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ from torch import Tensor
 from synthward.kernels._chacha import EXTENSION_BIT, RARE
 from synthward.kernels._select import written
 from synthward.kernels._triton import UNFUSED, ceil_div, on
+from synthward.kernels.noise.correlation import Correlation
 
 GROUPS = 4
 _RARE = tl.constexpr(RARE)
 _EXTENSION = tl.constexpr(EXTENSION_BIT >> 32)
 # The words of the key and the rest of the place change from call to call: never a reason to compile again.
-PLACE = ("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "n0", "n1", "start", "count")
+PLACE = (
+    *("k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "n0", "n1", "start", "count"),
+    *("taps", "slots", "stride"),
+)
 
 
 @triton.jit
@@ -182,35 +187,89 @@ def elements(first, start, LANE: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _earlier(n0, n1, j):
+    """The nonce of the step that lies j before; the step is at least j, so that the stream stays the same."""
+    nonce = ((n1.to(tl.int64) << 32) | (n0.to(tl.int64) & 0xFFFFFFFF)) - j
+    return nonce.to(tl.int32), (nonce >> 32).to(tl.int32)
+
+
+@triton.jit
+def step_normals(
+    first, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, numbers_ptr, taps, GROUPS: tl.constexpr
+):  # fmt: skip
+    """As `normals`; with numbers, the sum over taps of this step and earlier ones, as in csrc/core/correlated.inl."""
+    w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15 = normals(
+        first, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, GROUPS
+    )
+    if numbers_ptr is not None:
+        tap = tl.load(numbers_ptr)
+        w0, w1, w2, w3, w4, w5, w6, w7 = (
+            tap * w0, tap * w1, tap * w2, tap * w3, tap * w4, tap * w5, tap * w6, tap * w7
+        )  # fmt: skip
+        w8, w9, w10, w11, w12, w13, w14, w15 = (
+            tap * w8, tap * w9, tap * w10, tap * w11, tap * w12, tap * w13, tap * w14, tap * w15
+        )  # fmt: skip
+        for j in range(1, taps):
+            low, high = _earlier(n0, n1, j)
+            z = normals(first, k0, k1, k2, k3, k4, k5, k6, k7, low, high, GROUPS)
+            tap = tl.load(numbers_ptr + j)
+            w0, w1, w2, w3 = w0 + tap * z[0], w1 + tap * z[1], w2 + tap * z[2], w3 + tap * z[3]
+            w4, w5, w6, w7 = w4 + tap * z[4], w5 + tap * z[5], w6 + tap * z[6], w7 + tap * z[7]
+            w8, w9, w10, w11 = w8 + tap * z[8], w9 + tap * z[9], w10 + tap * z[10], w11 + tap * z[11]
+            w12, w13, w14, w15 = w12 + tap * z[12], w13 + tap * z[13], w14 + tap * z[14], w15 + tap * z[15]
+    return w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15
+
+
+@triton.jit
+def pass_state(w, numbers_ptr, taps, state_ptr, slots, stride, i, inside):
+    """One lane's noise less the weighted state, which moves on; numbers are taps, weights, decays and gains."""
+    if state_ptr is not None:
+        weights_ptr = numbers_ptr + taps
+        for k in range(slots):
+            weight = tl.load(weights_ptr + k)
+            at = state_ptr + k * stride.to(tl.int64) + i
+            if weight != 0.0:
+                w = w - weight * tl.load(at, mask=inside, other=0.0)
+        for k in range(slots):
+            decay = tl.load(weights_ptr + slots + k)
+            gain = tl.load(weights_ptr + 2 * slots + k)
+            at = state_ptr + k * stride.to(tl.int64) + i
+            # Unless decay is 1 and gain 0; the interpreter cannot join two conditions.
+            if tl.abs(decay - 1.0) + tl.abs(gain) != 0.0:
+                fresh = gain * w
+                if decay != 0.0:
+                    fresh = decay * tl.load(at, mask=inside, other=0.0) + fresh
+                tl.store(at, fresh, mask=inside)
+    return w
+
+
+@triton.jit
 def _add(
-    tensor_ptr,
-    first,
-    start,
-    count,
-    z,
-    noise_std,
-    LANE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    FILL: tl.constexpr,
-):
+    tensor_ptr, first, start, count, z, noise_std, numbers_ptr, taps, state_ptr, slots, stride,
+    LANE: tl.constexpr, GROUPS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
     i = elements(first, start, LANE, GROUPS)
     inside = (i >= 0) & (i < count)
     if FILL:
         tl.store(tensor_ptr + i, z, mask=inside)
     else:
+        w = pass_state(z, numbers_ptr, taps, state_ptr, slots, stride, i, inside)
         before = tl.load(tensor_ptr + i, mask=inside, other=0.0)
-        tl.store(tensor_ptr + i, before + noise_std * z, mask=inside)
+        tl.store(tensor_ptr + i, before + noise_std * w, mask=inside)
 
 
 @triton.jit(do_not_specialize=PLACE)
 def _noise_kernel(
-    tensor_ptr, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, start, count, noise_std,
-    GROUPS: tl.constexpr, FILL: tl.constexpr,
+    tensor_ptr, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, start, count, noise_std, numbers_ptr, taps, state_ptr, slots,
+    stride, GROUPS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     first = start.to(tl.int64) // 256 + tl.program_id(0).to(tl.int64) * GROUPS
-    z = normals(first, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, GROUPS)
+    z = step_normals(first, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, numbers_ptr, taps, GROUPS)
     for lane in tl.static_range(16):
-        _add(tensor_ptr, first, start, count, z[lane], noise_std, lane, GROUPS, FILL)
+        _add(
+            tensor_ptr, first, start, count, z[lane], noise_std, numbers_ptr, taps, state_ptr, slots, stride, lane,
+            GROUPS, FILL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLACE)
@@ -235,14 +294,38 @@ def grid(start: int, count: int) -> tuple[int]:
     return (ceil_div(-(-(start + count) // 256) - start // 256, GROUPS),)
 
 
+@functools.lru_cache(maxsize=1024)
+def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    # Kept, since a copy to the device would wait for it: a schedule has few different steps.
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def correlated(
+    correlation: Correlation | None, device: torch.device
+) -> tuple[Tensor | None, int, Tensor | None, int, int]:
+    """Arguments ``numbers_ptr, taps, state_ptr, slots, stride`` of the kernels."""
+    if correlation is None:
+        return None, 0, None, 0, 0
+    c = correlation
+    numbers = _numbers((*c.taps, *c.weights, *c.decays, *c.gains), device)
+    stride = 0 if c.state is None else c.state.stride(0)
+    return numbers, len(c.taps), c.state, len(c.weights), stride
+
+
 def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:
-    _run(out, key, stream, step, start, 1.0, fill=True)
+    _run(out, key, stream, step, start, 1.0, None, fill=True)
 
 
 def add_gaussian_noise_(
-    tensor: Tensor, key: bytes, stream: int, step: int, start: int, noise_std: float
+    tensor: Tensor,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    correlation: Correlation | None = None,
 ) -> None:
-    _run(tensor, key, stream, step, start, noise_std, fill=False)
+    _run(tensor, key, stream, step, start, noise_std, correlation, fill=False)
 
 
 def chacha20_blocks(
@@ -258,16 +341,25 @@ def chacha20_blocks(
 
 
 def _run(
-    tensor: Tensor, key: bytes, stream: int, step: int, start: int, noise_std: float, *, fill: bool
+    tensor: Tensor,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    correlation: Correlation | None,
+    *,
+    fill: bool,
 ) -> None:
     if len(tensor) == 0:
         return
     with on(tensor):
         _noise_kernel[grid(start, len(tensor))](
             *(tensor, *place(key, stream, step), start, len(tensor), noise_std),
+            *correlated(correlation, tensor.device),
             GROUPS=GROUPS,
             FILL=fill,
             num_warps=2,
             **UNFUSED,
         )
-    written(tensor)
+    written(tensor, None if correlation is None else correlation.state)

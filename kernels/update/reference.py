@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from synthward.kernels.noise import reference as noise
+from synthward.kernels.noise.correlation import Correlation
+from synthward.kernels.noise.reference import step_noise
 
 
 def noisy_adam_(
@@ -27,15 +28,21 @@ def noisy_adam_(
     decoupled: bool,
     bias1: float,
     bias2: float,
+    correlation: Correlation | None = None,
+    bias_variance: float | None = None,
+    min_second_moment: float = 0.0,
 ) -> None:
-    grad = _noisy(summed_grad, key, stream, step, start, noise_std) * grad_scale
+    grad = _noisy(summed_grad, key, stream, step, start, noise_std, correlation) * grad_scale
     if decoupled:
         param.mul_(1.0 - lr * weight_decay)
     else:
         grad = grad + weight_decay * param
     exp_avg.lerp_(grad, 1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    denominator = (exp_avg_sq.sqrt() / bias2**0.5).add_(eps)
+    if bias_variance is None:
+        denominator = (exp_avg_sq.sqrt() / bias2**0.5).add_(eps)
+    else:
+        denominator = (exp_avg_sq / bias2 - bias_variance).clamp_(min=min_second_moment).sqrt_()
     param.addcdiv_(exp_avg, denominator, value=-lr / bias1)
     summed_grad.zero_()
 
@@ -57,8 +64,10 @@ def noisy_sgd_(
     nesterov: bool,
     weight_decay: float,
     first_step: bool,
+    correlation: Correlation | None = None,
 ) -> None:
-    grad = _noisy(summed_grad, key, stream, step, start, noise_std) * grad_scale + weight_decay * param
+    noisy = _noisy(summed_grad, key, stream, step, start, noise_std, correlation)
+    grad = noisy * grad_scale + weight_decay * param
     if momentum_buffer is not None:
         if first_step:
             momentum_buffer.copy_(grad)
@@ -69,8 +78,15 @@ def noisy_sgd_(
     summed_grad.zero_()
 
 
-def _noisy(summed_grad: Tensor, key: bytes, stream: int, step: int, start: int, noise_std: float) -> Tensor:
+def _noisy(
+    summed_grad: Tensor,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    correlation: Correlation | None,
+) -> Tensor:
     if noise_std == 0.0:
         return summed_grad
-    z = noise.gaussian_noise(len(summed_grad), key, stream, step, start)
-    return summed_grad + noise_std * z.to(summed_grad.device)
+    return summed_grad + noise_std * step_noise(summed_grad, key, stream, step, start, correlation)

@@ -1,5 +1,7 @@
 """Types of the compiled extension: NumPy views, checked and never converted."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -72,7 +74,35 @@ def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -
 def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...
 def add_gaussian_noise(
-    tensor: _F, key: bytes, stream: int, step: int, start: int, noise_std: float, threads: int
+    tensor: _F,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    noise_std: float,
+    threads: int,
+    taps: Sequence[float] = ...,
+    weights: Sequence[float] = ...,
+    decays: Sequence[float] = ...,
+    gains: Sequence[float] = ...,
+    state: _F | None = ...,
+) -> None: ...
+def wide_normals(
+    radius: NDArray[np.uint64], angle: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def rounded_gaussian(
+    out: _L, key: bytes, stream: int, step: int, start: int, scale: float, threads: int
+) -> None: ...
+def discrete_release(
+    sums: NDArray[np.float64],
+    out: _F,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    grid: float,
+    noise_std: float,
+    threads: int,
 ) -> None: ...
 def noisy_adam(
     param: _F,
@@ -94,6 +124,13 @@ def noisy_adam(
     bias1: float,
     bias2: float,
     threads: int,
+    bias_variance: float | None = ...,
+    min_second_moment: float = ...,
+    taps: Sequence[float] = ...,
+    weights: Sequence[float] = ...,
+    decays: Sequence[float] = ...,
+    gains: Sequence[float] = ...,
+    state: _F | None = ...,
 ) -> None: ...
 def noisy_sgd(
     param: _F,
@@ -112,6 +149,11 @@ def noisy_sgd(
     weight_decay: float,
     first_step: bool,
     threads: int,
+    taps: Sequence[float] = ...,
+    weights: Sequence[float] = ...,
+    decays: Sequence[float] = ...,
+    gains: Sequence[float] = ...,
+    state: _F | None = ...,
 ) -> None: ...
 def reuse_freed_blocks(library: str) -> bool: ...
 def cpu_isa() -> str: ...

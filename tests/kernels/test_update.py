@@ -102,6 +102,49 @@ def test_sgd_is_torchs(backend, length, momentum, dampening, nesterov, weight_de
         assert_same_path(buffer, optimizer.state[theirs]["momentum_buffer"])
 
 
+def corrected(tensors: list[Tensor], step: int, backend: str, **changes: object) -> None:
+    options = {**SILENT, "grad_scale": 0.25, "lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1.0}
+    options |= {"weight_decay": 0.1, "decoupled": False, "bias_variance": 0.04, "min_second_moment": 1e-3}
+    noisy_adam_(*tensors, **{**options, **changes}, adam_step=step, backend=backend)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_noise_variance_is_taken_off_the_second_moment(backend, length, decoupled):
+    """Tang, Shpilevskiy and Lecuyer 2023, algorithm 1, in float64; elements above the floor and at it."""
+    param, first, second = (
+        torch.randn(length, generator=generator(99)),
+        torch.zeros(length),
+        torch.zeros(length),
+    )
+    x, m, v = param.double(), first.double(), second.double()
+    floored = torch.zeros(length, dtype=torch.bool)
+    for step, grad in enumerate(gradients(length), start=1):
+        corrected([param, grad.clone(), first, second], step, backend, decoupled=decoupled)
+        g = 0.25 * grad.double() + (0.0 if decoupled else 0.1) * x
+        x = x * (1.0 - 1e-2 * 0.1) if decoupled else x
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        rest = v / (1.0 - 0.9**step) - 0.04
+        floored |= rest < 1e-3
+        x = x - 1e-2 * (m / (1.0 - 0.8**step)) / rest.clamp(min=1e-3).sqrt()
+    assert length < 100 or 0.05 < floored.double().mean() < 1.0
+    # A difference of numbers near each other: what is left keeps fewer digits, and weighs more below a root.
+    torch.testing.assert_close(param.double(), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second.double(), v, rtol=STEPS * 2.0**-20, atol=STEPS * 2.0**-22)
+
+
+def test_without_a_second_moment_the_floor_is_the_denominator(backend):
+    tensors = [torch.zeros(3), torch.full((3,), 0.4), torch.zeros(3), torch.zeros(3)]
+    corrected(tensors, 1, backend, bias_variance=0.5, min_second_moment=0.25)
+    torch.testing.assert_close(tensors[0], torch.full((3,), -1e-2 * 0.1 / 0.5), rtol=2.0**-21, atol=0.0)
+
+
+def test_a_moment_that_is_not_a_number_is_not_hidden_by_the_floor(backend):
+    tensors = [torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.tensor([float("nan"), 1.0])]
+    corrected(tensors, 1, backend)
+    assert tensors[0][0].isnan() and not tensors[0][1].isnan()
+
+
 def sgd_step(length: int, backend: str, **options: object) -> Tensor:
     param, summed = torch.zeros(length), torch.randn(length, generator=generator(1))
     noisy_sgd_(

@@ -21,7 +21,7 @@ MODULES = [
     "_triton",
     *(
         f"{name}.triton_impl"
-        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "update")
+        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "discrete", "update")
     ),
 ]
 BF16 = dict.fromkeys(("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr"), "*bf16")
@@ -36,9 +36,11 @@ TAKE_X = {
     ),
 }
 POINTERS = {
-    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr", "integers_ptr"), "*i64"),
     **dict.fromkeys(("slots_ptr", "out_words_ptr"), "*i32"),
-    **dict.fromkeys(("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr"), "*fp64"),
+    **dict.fromkeys(
+        ("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr", "release_ptr"), "*fp64"
+    ),
 }
 FLOATS = {
     *(
@@ -54,6 +56,7 @@ FLOATS = {
         "eps",
     ),
     *("weight_decay", "lr", "momentum", "gain", "from_grad", "from_buffer", "lost_a", "lost_g"),
+    *("bias2_inv", "bias_variance", "min_second_moment"),
 }
 # Convolutions: of three axes, whose kernels stand out over the image; and one of a single place, whose numbers Triton
 # makes constants since they are 1.
@@ -65,6 +68,8 @@ POINT = {
 }
 # Every row is a unit.
 NO_UNITS = dict.fromkeys(("offsets_ptr", "slots_ptr", "order_ptr", "scale_partials_ptr", "bias_partials_ptr"))
+# Noise that is not correlated over steps; and such as comes from taps alone.
+PLAIN, TAPS = {"numbers_ptr": None, "state_ptr": None}, {"state_ptr": None}
 FP32_PARTIALS = {"_sum_kernel", "_join_kernel"}
 # Compile-time arguments; a pointer that is None is one too. Both operand types where a kernel multiplies.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -131,13 +136,23 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"SPAN": 32, "BP": 16, "SQUARE": False},
     ],
     "_seams_kernel": [{"SPAN": 32, "BP": 256, "SQUARE": True}, {"SPAN": 32, "BP": 16, "SQUARE": False}],
-    "_noise_kernel": [{"GROUPS": 4, "FILL": fill, "num_warps": 2} for fill in (True, False)],
+    "_noise_kernel": [
+        *({"GROUPS": 4, "FILL": fill, **PLAIN, "num_warps": 2} for fill in (True, False)),
+        *({"GROUPS": 4, "FILL": False, **kept, "num_warps": 2} for kept in (TAPS, {})),
+    ],
     "_words_kernel": [{"BLOCKS": 64}],
-    "_adam_kernel": [{"GROUPS": 4, "num_warps": 2}],
-    "_adam_silent_kernel": [{"BLOCK": 1024}],
+    "_rounded_kernel": [{"GROUPS": 4, "num_warps": 2}],
+    "_release_kernel": [{"GROUPS": 4, "num_warps": 2}],
+    "_adam_kernel": [
+        {"GROUPS": 4, "CORRECTED": False, **PLAIN, "num_warps": 2},
+        {"GROUPS": 4, "CORRECTED": True, **TAPS, "num_warps": 2},
+        {"GROUPS": 4, "CORRECTED": True, "num_warps": 2},
+    ],
+    "_adam_silent_kernel": [{"BLOCK": 1024, "CORRECTED": corrected} for corrected in (False, True)],
     "_sgd_kernel": [
+        {"GROUPS": 4, "FIRST": False, **PLAIN, "num_warps": 2},
+        {"GROUPS": 4, "FIRST": True, "buffer_ptr": None, **PLAIN, "num_warps": 2},
         {"GROUPS": 4, "FIRST": False, "num_warps": 2},
-        {"GROUPS": 4, "FIRST": True, "buffer_ptr": None, "num_warps": 2},
     ],
     "_sgd_silent_kernel": [{"BLOCK": 1024, "FIRST": True}, {"BLOCK": 1024, "FIRST": False, "buffer_ptr": None}],
 }  # fmt: skip
@@ -182,6 +197,8 @@ def compiled(name: str, kernel: Any, case: dict[str, Any], operands: dict[str, s
             set(re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx)\S*", text))
         ),
         "fused_fp32": bool(re.search(r"\bfma\.\S*f32", text)),
+        "fused_fp64": bool(re.search(r"\bfma\.\S*f64", text)),
+        "divides": bool(re.search(r"\b(?:div|rcp|sqrt|rsqrt)\.\S*f\d", text)),
         "atomic": bool(re.search(r"\b(?:atom|red)\.", text)),
     }
 

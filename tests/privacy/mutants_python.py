@@ -217,16 +217,16 @@ PYTHON = [
     ),
     Mutant(
         "noise that ignores C",
-        "engine/spec.py",
-        "return self.noise_multiplier * clip.sensitivity()",
-        "return self.noise_multiplier",
+        "engine/step.py",
+        "std = bound * (self.noise",
+        "std = (self.noise",
         (SILENT_STEP,),
     ),
     Mutant(
         "the same noise in each step",
-        "engine/step.py",
-        "        self._noise_step += 1\n",
-        "",
+        "engine/noise.py",
+        "self._released, self._is_open = step + 1, True",
+        "self._released, self._is_open = step, True",
         (NOISE + "test_steps_do_not_share_noise",),
     ),
 ]

@@ -48,6 +48,22 @@ def fit(
     max_grad_norm: Annotated[
         float | None, typer.Option("--max-grad-norm", help="Clipping bound of a unit's gradient.")
     ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise",
+            help="independent, or correlated over steps: banded, blt, banded-inverse [independent].",
+        ),
+    ] = None,
+    bands: Annotated[int | None, typer.Option("--bands", help="Bands of correlated noise [8].")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option("--arithmetic", help="float, or discrete: integer releases, slower [float]."),
+    ] = None,
+    max_units: Annotated[
+        int | None,
+        typer.Option("--max-units", help="Public bound on the number of units: batches of one static size."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate")] = None,
     budget: Annotated[
         Path | None,
@@ -76,6 +92,10 @@ def fit(
         "physical_batch_size": physical_batch_size,
         "max_grad_norm": max_grad_norm,
         "holdout": holdout,
+        "noise": noise,
+        "bands": bands,
+        "arithmetic": arithmetic,
+        "max_units": max_units,
     }
     options = FitOptions(
         generator=generator,

@@ -14,14 +14,15 @@ import numpy as np
 
 from synthward.data import Records, read_records, split_records
 from synthward.encoding import TableEncoder
-from synthward.engine import KeySchedule, Ledger, PrivacyPlan, QueryMechanism
-from synthward.engine.accounting import Event, GaussianEvent, PoissonGaussianEvent, StepsEvent
+from synthward.engine import KeySchedule, Ledger, QueryMechanism
+from synthward.engine.accounting import Event, GaussianEvent, StepsEvent
 from synthward.engine.errors import CheckpointError, ConfigError, OutputError
 from synthward.generators.registry import make_settings
 from synthward.progress import NullProgress, Progress
 from synthward.run.budget import plan_budget
 from synthward.run.claim import Claim
 from synthward.run.folder import CHECKPOINT_FILE, ENCODER_FILE, RUN_FILE, RunFolder
+from synthward.run.mechanism import Mechanism
 from synthward.run.training import Training
 from synthward.schema import Schema
 
@@ -34,6 +35,7 @@ class FitOptions:
     """Options of a fit that have safe defaults.
 
     ``sample_rate`` is the Poisson probability per unit and step, public and never derived from the data.
+    ``noise``, ``bands``, ``max_units`` and ``arithmetic`` choose the mechanism (`Mechanism.choose`).
     ``seed`` makes the run reproducible and NOT private: the noise could be recomputed from it.
     """
 
@@ -44,8 +46,26 @@ class FitOptions:
     max_grad_norm: float = 1.0
     physical_batch_size: int = 4096
     holdout: float = 0.2
+    noise: str = "independent"
+    bands: int = 8
+    max_units: int | None = None
+    arithmetic: str = "float"
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def mechanism(self, epsilon: float, delta: float) -> Mechanism:
+        """The mechanism of the training steps."""
+        return Mechanism.choose(
+            self.sample_rate,
+            self.steps,
+            epsilon=epsilon,
+            delta=delta,
+            accountant=self.accountant,
+            noise=self.noise,
+            bands=self.bands,
+            max_units=self.max_units,
+            arithmetic=self.arithmetic,
+        )
 
 
 def fit_run(
@@ -77,12 +97,13 @@ def fit_run(
         return _resume(folder, data, schema, epsilon, delta, options, claim, progress)
     check_options(options)
     settings = make_settings(options.generator, options.settings)
-    budget = plan_budget(epsilon, delta, options.accountant, options.sample_rate, options.steps)
+    mechanism = options.mechanism(epsilon, delta)
+    budget = plan_budget(epsilon, delta, options.accountant, mechanism, options.steps)
     check_out(out, overwrite=overwrite)
     run_id, unit = secrets.token_hex(8), schema.unit or "row"
     salt = secrets.token_hex(8) if options.seed is None else f"seed-{options.seed}"
     claim = Claim(budget_file, run_id, unit, RELATION)
-    with claim.reserved(_planned(asdict(budget))):
+    with claim.reserved(_planned({**asdict(budget), "mechanism": mechanism.to_dict()})):
         train = read_training_records(data, schema, options.holdout, salt, progress)
         if overwrite and out.exists():
             shutil.rmtree(out)
@@ -103,6 +124,7 @@ def fit_run(
             "physical_batch_size": options.physical_batch_size,
             "seed": options.seed,
             **asdict(budget),
+            "mechanism": mechanism.to_dict(),
             "budget_id": claim.budget_id,
             "ledger_head": None,
         }
@@ -187,7 +209,7 @@ def _has_spent(folder: RunFolder) -> bool:
 
 def _planned(info: dict[str, Any]) -> list[Event]:
     """All that a run is going to charge."""
-    steps = PoissonGaussianEvent(info["sample_rate"], info["noise_multiplier"], info["steps"])
+    steps = Mechanism.from_info(info).event(info["noise_multiplier"], info["steps"])
     return [GaussianEvent(info["query_noise_multiplier"], 1), steps]
 
 
@@ -208,21 +230,20 @@ def train_run(
             ledger.add_key(keys.key_id, private=keys.is_private)
         encoder = _fit_encoder(folder, train, keys, ledger, claim)
         info = folder.info
-        expected = max(info["sample_rate"] * encoder.units, 1.0)
-        plan = PrivacyPlan(
-            sample_rate=info["sample_rate"],
-            noise_multiplier=info["noise_multiplier"],
-            max_grad_norm=info["max_grad_norm"],
-            steps=info["steps"],
-            expected_batch_size=expected,
-        )
+        mechanism = Mechanism.from_info(info)
+        plan = mechanism.plan(info["noise_multiplier"], info["max_grad_norm"], info["steps"], encoder.units)
         if resumed:
             charged = ledger.events()
             taken = sum(event.steps for event in charged if isinstance(event, StepsEvent))
             claim.reserve([*charged, plan.event(max(plan.steps - taken, 0))])
         training = Training(folder, encoder, train, plan, keys, ledger, progress)
         training.run()
-        folder.update(status="complete", expected_batch_size=expected, ledger_head=ledger.head)
+        folder.update(
+            status="complete",
+            expected_batch_size=plan.expected_batch_size,
+            steps_taken=training.steps_done,
+            ledger_head=ledger.head,
+        )
         claim.settle(ledger)
     return folder
 
@@ -234,7 +255,7 @@ def _fit_encoder(
     if (folder.path / ENCODER_FILE).is_file():
         return folder.load_encoder()
     lost = ledger.events()
-    if any(isinstance(event, PoissonGaussianEvent) for event in lost):
+    if any(hasattr(event, "steps") for event in lost):
         raise CheckpointError(
             f"{folder.path}: has been trained, but its {ENCODER_FILE} is missing; put it back, or start a new run"
         )
@@ -252,7 +273,12 @@ def _plan_again(folder: RunFolder, lost: tuple[Event, ...]) -> None:
     """Killed between paying for the histograms and keeping them: pay again, out of the steps' share."""
     info = folder.info
     budget = plan_budget(
-        info["epsilon"], info["delta"], info["accountant"], info["sample_rate"], info["steps"], lost=lost
+        info["epsilon"],
+        info["delta"],
+        info["accountant"],
+        Mechanism.from_info(info),
+        info["steps"],
+        lost=lost,
     )
     folder.update(noise_multiplier=budget.noise_multiplier)
 
