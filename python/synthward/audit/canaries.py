@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from scipy.linalg import toeplitz
 from torch import Tensor, nn
 
-from synthward.engine import KeySchedule, PoissonSampler, PrivacyPlan, PrivateTrainer, physical_batches
-from synthward.engine.accounting.matrix import Strategy
+from synthward.engine import KeySchedule, PrivacyPlan, PrivateTrainer, physical_batches
 
 #: Canaries of one audit: enough to catch noise at 0.9 of its claim.
 CANARIES = 5000
@@ -114,10 +113,13 @@ class CanaryRun:
 
 
 def run_canaries(plan: PrivacyPlan, keys: KeySchedule, count: int = CANARIES) -> CanaryRun:
-    """All steps of a plan: each included canary is drawn as the plan's sampler says."""
-    included = _coins(keys, count)
+    """All steps of a plan: each included canary is drawn as the plan's sampler says.
+
+    A cap on the draw is for the run's own number of units and left out; what is claimed without it is no more.
+    """
+    included, plan = _coins(keys, count), _uncapped(plan)
     members = np.flatnonzero(included)
-    sampler = PoissonSampler(len(members), plan.sample_rate, keys.key("sampler"))
+    sampler = plan.sampler(len(members), keys.key("sampler"))
     return _run(plan, keys, included, lambda step: members[sampler.draw(step)], np.ones(plan.steps))
 
 
@@ -127,7 +129,7 @@ def run_full_participation(plan: PrivacyPlan, keys: KeySchedule, count: int = CA
     The strongest audit of clip, sum and noise: the claim of so many steps at rate 1 is met with equality. There are as
     many steps as make mu about 1.
     """
-    included = _coins(keys, count)
+    included, plan = _coins(keys, count), _uncapped(plan)
     steps = 1
     while _mu(plan, steps) < 1.0 and steps < _MOST_STEPS:
         steps += 1
@@ -138,7 +140,7 @@ def run_full_participation(plan: PrivacyPlan, keys: KeySchedule, count: int = CA
 
 def whiten(plan: PrivacyPlan, series: NDArray[np.float64]) -> NDArray[np.float64]:
     """What was released [steps, ...], with the noise of each step independent of the others again."""
-    return series if _strategy(plan) is None else np.tensordot(_matrix(plan, len(series)), series, axes=1)
+    return series if plan.strategy is None else np.tensordot(_matrix(plan, len(series)), series, axes=1)
 
 
 def matched_filter(plan: PrivacyPlan, signal: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -149,28 +151,24 @@ def matched_filter(plan: PrivacyPlan, signal: NDArray[np.float64]) -> NDArray[np
     return np.asarray(matrix.T @ moved / np.linalg.norm(moved))
 
 
-def _strategy(plan: PrivacyPlan) -> Strategy | None:
-    return getattr(plan, "strategy", None)
-
-
-def _period(plan: PrivacyPlan) -> int:
-    return int(getattr(plan, "period", 1))
+def _uncapped(plan: PrivacyPlan) -> PrivacyPlan:
+    return replace(plan, max_batch_size=None, max_units=None)
 
 
 def _matrix(plan: PrivacyPlan, steps: int) -> NDArray[np.float64]:
     """The strategy matrix C [steps, steps]."""
-    strategy = _strategy(plan)
+    strategy = plan.strategy
     return np.eye(steps) if strategy is None else toeplitz(strategy.column(steps), np.zeros(steps))
 
 
 def _participation(plan: PrivacyPlan, steps: int) -> NDArray[np.float64]:
     """1 in the steps in which a unit may take part: every `period`-th."""
-    return (np.arange(steps) % _period(plan) == 0).astype(np.float64)
+    return (np.arange(steps) % plan.period == 0).astype(np.float64)
 
 
 def _mu(plan: PrivacyPlan, steps: int) -> float:
     """Of full participation in so many steps."""
-    strategy, period = _strategy(plan), _period(plan)
+    strategy, period = plan.strategy, plan.period
     moved = math.sqrt(-(-steps // period)) if strategy is None else strategy.sensitivity(steps, period)
     return moved / plan.noise_multiplier
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from synthward.engine import KeySchedule, Ledger, PrivacyPlan
 from synthward.engine.errors import ConfigError, OutputError
 from synthward.run import RunFolder
 from synthward.run.folder import write_atomic
+from synthward.run.mechanism import Mechanism
 
 AUDIT_FILE = "audit.json"
 Say = Callable[[str], None]
@@ -83,17 +84,12 @@ def audit_run(
 
 def plan_of(folder: RunFolder) -> PrivacyPlan:
     """The plan that a run trains by, from its own record."""
-    info = folder.info
-    expected = info.get("expected_batch_size")
-    if expected is None:
-        expected = max(info["sample_rate"] * folder.load_encoder().units, 1.0)
-    return PrivacyPlan(
-        sample_rate=info["sample_rate"],
-        noise_multiplier=info["noise_multiplier"],
-        max_grad_norm=info["max_grad_norm"],
-        steps=info["steps"],
-        expected_batch_size=expected,
+    info, expected = folder.info, folder.info.get("expected_batch_size")
+    units = folder.load_encoder().units if expected is None else 1.0
+    plan = Mechanism.from_info(info).plan(
+        info["noise_multiplier"], info["max_grad_norm"], info["steps"], units
     )
+    return plan if expected is None else replace(plan, expected_batch_size=expected)
 
 
 def _ledger_check(plan: PrivacyPlan, charged: list[Any]) -> Check:
