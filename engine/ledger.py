@@ -199,7 +199,7 @@ class Ledger:
     def append_event(self, event: Event, *, note: str) -> None:
         """Charge one event; returns when it is on the disk."""
         self._check_answer(event)
-        line = {"kind": "event", "event": event.to_dict(), "note": note}
+        line: Line = {"kind": "event", "event": event.to_dict(), "note": note}
         self._check_budget(line)
         self._chain.append(**line)
 
@@ -243,7 +243,7 @@ class Ledger:
         self._check_unchanged(event, part)
         self._check_whole(event, first_step, part)
         self._check_answer(event)
-        line = {"kind": "lease", "event": event.to_dict(), "first_step": first_step, "steps": steps}
+        line: Line = {"kind": "lease", "event": event.to_dict(), "first_step": first_step, "steps": steps}
         line |= {"part": part} if part else {}
         self._check_budget(line)
         self._chain.append(**line)

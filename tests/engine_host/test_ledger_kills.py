@@ -12,7 +12,7 @@ import pytest
 from tests.commandline import environment
 from tests.tinydata import write_tiny
 
-TRAINER_KILLS, FIT_KILLS = 150, 50
+TRAINER_KILLS, FIT_KILLS = 160, 40
 
 
 def kills(folder: Path, kind: str, count: int, seed: int) -> dict[str, int]:

@@ -54,8 +54,8 @@ class Claim:
         if self.budget is None:
             return
         known = self._entry()
-        held = known is not None and known.state in ("reserved", "started")
-        if not held or list(known.events) != merge_events(events):
+        is_held = known is not None and known.state in ("reserved", "started")
+        if not is_held or known is None or list(known.events) != merge_events(events):
             self.budget.reserve(self._run_id, events, unit=self._unit, relation=self._relation)
 
     def start(self) -> None:

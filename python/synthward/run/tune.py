@@ -26,7 +26,7 @@ import torch
 from synthward.data import Records
 from synthward.encoding import TableEncoder
 from synthward.engine import KeySchedule, Ledger, QueryMechanism
-from synthward.engine.accounting import Event, GaussianEvent, PoissonGaussianEvent, calibrate_noise
+from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise
 from synthward.engine.accounting.accountant import merge_events
 from synthward.engine.accounting.tuning import TrialBudget, calibrate_trial, draw_trials
 from synthward.engine.errors import ConfigError, PrivacyError
@@ -44,6 +44,7 @@ from synthward.run.fit import (
     train_run,
 )
 from synthward.run.folder import ENCODER_FILE, MODEL_FILE, RunFolder
+from synthward.run.mechanism import Mechanism
 from synthward.run.sampling import CohortSampler
 from synthward.run.score import SAMPLES, Score, tables_of
 from synthward.schema import Schema
@@ -66,10 +67,12 @@ class TunePlan:
 
     Attributes:
         trial: noise of each trial's steps, what a trial is charged as, and the event of the whole selection.
+        mechanism: of a trial's steps.
         query_noise_multiplier, score_noise_multiplier: of a trial's histograms and of its score.
     """
 
     trial: TrialBudget
+    mechanism: Mechanism
     query_noise_multiplier: float
     score_noise_multiplier: float
 
@@ -121,18 +124,14 @@ def tune_run(
     grid = _checked(options, grid)
     check_out(out, overwrite=overwrite)
     trials = draw_trials(mean_trials, shape)
-    plan = plan_selection(epsilon, delta, options.sample_rate, options.steps, mean_trials, shape)
+    plan = plan_selection(epsilon, delta, options, mean_trials, shape)
     run_id, unit = secrets.token_hex(8), schema.unit or "row"
     claim = Claim(budget_file, run_id, unit, RELATION)
-    claim.reserve([plan.trial.selection])
-    try:
-        salt = secrets.token_hex(8)
+    salt = secrets.token_hex(8)
+    with claim.reserved([plan.trial.selection]):
         train = read_training_records(data, schema, options.holdout, salt, progress)
         if overwrite and out.exists():
             shutil.rmtree(out)
-    except BaseException:
-        claim.cancel()
-        raise
     info = {
         **_plan_info(plan, options, schema),
         "version": 1,
@@ -157,9 +156,10 @@ def tune_run(
 
 
 def plan_selection(
-    epsilon: float, delta: float, sample_rate: float, steps: int, mean_trials: float, shape: float
+    epsilon: float, delta: float, options: FitOptions, mean_trials: float, shape: float
 ) -> TunePlan:
     """Calibrate the noise of a trial: its queries to their shares, then its steps to what the selection may cost."""
+    steps = options.steps
     if steps < 1:
         raise ConfigError(f"steps: got {steps}; give a whole number of at least 1")
     # What a trial may cost is nearly the same whatever mechanism spends it.
@@ -169,14 +169,12 @@ def plan_selection(
         for share in (QUERY_SHARE, SCORE_SHARE)
     )
 
-    def trial(noise: float) -> list[Event]:
-        return [
-            GaussianEvent(query, 1),
-            PoissonGaussianEvent(sample_rate, noise, steps),
-            GaussianEvent(score, 1),
-        ]
+    mechanism = replace(options, accountant=ACCOUNTANT).mechanism(alone.trial_epsilon, delta)
 
-    return TunePlan(calibrate_trial(trial, epsilon, delta, mean_trials, shape), query, score)
+    def trial(noise: float) -> list[Event]:
+        return [GaussianEvent(query, 1), mechanism.event(noise, steps), GaussianEvent(score, 1)]
+
+    return TunePlan(calibrate_trial(trial, epsilon, delta, mean_trials, shape), mechanism, query, score)
 
 
 def run_trial(
@@ -260,6 +258,7 @@ def _release(folder: RunFolder, best: Trial) -> None:
         settings=info["settings"],
         max_grad_norm=info[CLIP],
         expected_batch_size=info["expected_batch_size"],
+        steps_taken=info["steps_taken"],
         selection={**folder.info["selection"], "score": min(max(share, 0.0), 1.0)},
     )
     # When the best trial was made, and when the last one ended, would tell how many there were.
@@ -317,7 +316,7 @@ def _samples(schema: Schema, encoder: TableEncoder, generator: Generator, seed: 
 
 
 def _trial_events(info: Mapping[str, Any]) -> list[Event]:
-    steps = PoissonGaussianEvent(info["sample_rate"], info["noise_multiplier"], info["steps"])
+    steps = Mechanism.from_info(info).event(info["noise_multiplier"], info["steps"])
     asked = [GaussianEvent(info[f"{name}_noise_multiplier"], 1) for name in ("query", "score")]
     return [*asked, steps]
 
@@ -335,7 +334,8 @@ def _plan_info(plan: TunePlan, options: FitOptions, schema: Schema) -> dict[str,
         "physical_batch_size": options.physical_batch_size,
         "seed": None,
         "accountant": ACCOUNTANT,
-        "sample_rate": float(options.sample_rate),
+        "sample_rate": plan.mechanism.sample_rate,
+        "mechanism": plan.mechanism.to_dict(),
         "steps": options.steps,
         "query_noise_multiplier": plan.query_noise_multiplier,
         "noise_multiplier": plan.trial.noise_multiplier,
@@ -356,6 +356,9 @@ def _checked(options: FitOptions, grid: Grid) -> Grid:
     """The grid with its values as the settings' own types; what can not be is refused, before anything is read."""
     if options.seed is not None:
         raise ConfigError("seed: a selection whose trials follow from a seed is not private; leave it out")
+    if options.max_units is not None:
+        # What a static batch cuts off costs a delta; a selection's price is known for RDP alone.
+        raise ConfigError("max_units: what it adds to delta has no price in a selection; leave it out")
     check_options(options)
     if not grid:
         raise ConfigError("grid: names no setting to choose; give one, for example --set hidden=64,256")
