@@ -59,6 +59,18 @@ def tune(
     max_grad_norm: Annotated[
         float | None, typer.Option("--max-grad-norm", help="Clipping bound, if it is not in the grid.")
     ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise",
+            help="independent, or correlated over steps: banded, blt, banded-inverse [independent].",
+        ),
+    ] = None,
+    bands: Annotated[int | None, typer.Option("--bands", help="Bands of correlated noise [8].")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option("--arithmetic", help="float, or discrete: integer releases, slower [float]."),
+    ] = None,
     budget: Annotated[
         Path | None,
         typer.Option("--budget", help="Budget file of the records: the whole cost is reserved there first."),
@@ -81,6 +93,9 @@ def tune(
         "physical_batch_size": physical_batch_size,
         "max_grad_norm": max_grad_norm,
         "holdout": holdout,
+        "noise": noise,
+        "bands": bands,
+        "arithmetic": arithmetic,
     }
     options = FitOptions(generator=generator, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     choices, law = parse_grid(settings or [], grid), parse_shape(shape)
