@@ -10,12 +10,19 @@ from synthward.commands.account import account
 from synthward.commands.ledger import show_ledger
 from synthward.engine import Ledger
 from synthward.engine.accounting import (
+    CorrelatedGaussianEvent,
+    CyclicPoissonGaussianEvent,
+    FixedSizeGaussianEvent,
     GaussianEvent,
+    LaplaceEvent,
     PoissonGaussianEvent,
     calibrate_noise,
+    calibrate_noise_of,
     calibrate_sample_rate,
+    calibrate_steps_of,
     epsilon_of,
 )
+from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.errors import ConfigError, LedgerError
 
 
@@ -38,6 +45,37 @@ def test_solving_where_delta_alone_pays_for_small_rates(kind):
     assert epsilon_of([PoissonGaussianEvent(rate * 1.001, 2.0, 1)], 1e-3, kind) > 0.5
     noise = calibrate_noise(0.01, 1e-2, 1e-2, 1, kind)
     assert epsilon_of([PoissonGaussianEvent(1e-2, noise, 1)], 1e-2, kind) <= 0.01
+
+
+OTHERS = {
+    "cyclic": lambda noise, steps: CyclicPoissonGaussianEvent(0.1, noise, 4, steps),
+    "correlated": lambda noise, steps: CorrelatedGaussianEvent(
+        noise, Strategy("banded", (1.0, 0.5)), 4, steps
+    ),
+    "laplace": lambda noise, steps: LaplaceEvent(noise, steps),
+    "fixed size": lambda noise, steps: FixedSizeGaussianEvent(1000, 50, noise, steps),
+}
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_noise_and_steps_of_any_kind_of_event(name, relation):
+    """By the accountant that answers: least noise, most steps, beside what is charged already."""
+    kind = "pld" if name != "fixed size" else "rdp"
+    if kind == "rdp" and relation == "add_or_remove_one":
+        with pytest.raises(ConfigError, match="replace_one"):
+            calibrate_noise_of(lambda noise: OTHERS[name](noise, 20), 2.0, 1e-5, kind)
+        return
+    beside = [GaussianEvent(10.0)]
+
+    def epsilon(noise, steps):
+        return epsilon_of([*beside, OTHERS[name](noise, steps)], 1e-5, kind, relation)
+
+    noise = calibrate_noise_of(lambda z: OTHERS[name](z, 20), 2.0, 1e-5, kind, beside, relation)
+    assert epsilon(noise, 20) <= 2.0 < epsilon(noise * 0.9999, 20)
+    steps = calibrate_steps_of(lambda n: OTHERS[name](1.01 * noise, n), 2.0, 1e-5, kind, beside, relation)
+    assert steps >= 20
+    assert epsilon(1.01 * noise, steps) <= 2.0 < epsilon(1.01 * noise, steps + 1)
 
 
 def test_solving_far_from_the_first_guess_stays_cheap():
