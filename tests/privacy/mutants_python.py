@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.privacy.mutants import Mutant
+from tests.privacy.mutants_ledger import LEDGERS
 from tests.privacy.mutants_queries import QUERIES
 
 CLIP = "tests/engine/test_clip_factors.py::"
@@ -22,6 +23,7 @@ SILENT_STEP = NOISE + "test_a_step_without_any_physical_batch_still_adds_the_who
 
 PYTHON = [
     *QUERIES,
+    *LEDGERS,
     Mutant(
         "the clip turned round",
         "engine/clipping.py",
