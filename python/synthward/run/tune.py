@@ -315,7 +315,7 @@ def _samples(schema: Schema, encoder: TableEncoder, generator: Generator, seed: 
     return sampler.chunk(secrets.randbits(62) if seed is None else seed, 0, SAMPLES)
 
 
-def _trial_events(info: Mapping[str, Any]) -> list[Event]:
+def _trial_events(info: dict[str, Any]) -> list[Event]:
     steps = Mechanism.from_info(info).event(info["noise_multiplier"], info["steps"])
     asked = [GaussianEvent(info[f"{name}_noise_multiplier"], 1) for name in ("query", "score")]
     return [*asked, steps]
