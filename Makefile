@@ -51,6 +51,7 @@ lint: $(VENV)/lint.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.kernel_table
+	$(BIN)/python -m benchmarks.noise
 	$(BIN)/python -m benchmarks.model_step
 	$(BIN)/python -m benchmarks.generator_step
 	$(BIN)/python -m benchmarks.diabetes130

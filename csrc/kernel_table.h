@@ -37,6 +37,13 @@ struct SgdArgs {
   int nesterov, first_step;
 };
 
+// Sums on a grid, a power of two: per_grid is 1 / grid, scale the noise's standard deviation over the grid.
+struct ReleaseArgs {
+  double* sums;
+  float* out;
+  double grid, per_grid, scale;
+};
+
 // A convolution of images [groups * channels][size...] to [groups * outputs][out...]; channels and outputs are those
 // of one group, axes that are not there have length 1. padding is that before the first place.
 struct ConvShape {
@@ -104,6 +111,10 @@ struct KernelTable {
   void (*product_layout)(int64_t n, int64_t q, int64_t* pieces, int64_t* scratch);
   void (*product)(const float* x, const float* w, const float* bias, int64_t n, int64_t k, int64_t q,
                   int is_transposed, int64_t index, float* out, float* scratch);
+  // Integer noise (core/discrete.inl).
+  void (*wide_normals)(const uint64_t* radius, const uint64_t* angle, int64_t n, double* cosines, double* sines);
+  void (*rounded_gaussian)(const NoiseStream*, int64_t start, int64_t count, double scale, int64_t* out);
+  void (*discrete_release)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const ReleaseArgs*);
 };
 
 const int64_t kLongestGram = 64;

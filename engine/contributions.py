@@ -111,12 +111,18 @@ class Contributions:
         self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
         self.forwards: set[int] = set()
         self.has_summed = False
+        self.most_rows = 0
         self._biases: set[int] = set()
         self._took_bias = False
         # What was measured is what is summed: versions of the kept tensors, by use, and names for the message.
         self._versions: dict[int, list[int]] = {}
         self._measured_names: dict[int, str] = {}
         planner.begin(state.forward_bytes)
+
+    @property
+    def num_units(self) -> int:
+        """Privacy units of this physical batch."""
+        return self._layout.num_units
 
     # While the backward pass runs
 
@@ -430,6 +436,12 @@ class Contributions:
                 "new tensor there"
             )
         use = self._planner.widen(use)
+        self.most_rows = max(self.most_rows, use.rows)
+        if isinstance(target, Derived) and self._sums[0].dtype == torch.float64:
+            raise UnsupportedOperationError(
+                f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of "
+                "adapters), and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
+            )
         key = (index, id(layout))
         if key not in self._weights:
             weights = Weights(layout.to_rows(factors))

@@ -1,35 +1,53 @@
 """The ledger of a run: what was spent on the records, written and flushed before it is spent.
 
-Append-only canonical JSON lines, each holding the SHA-256 of the line before. Training buys steps in leases:
-one line covers many steps, and a lease that its process did not close is charged whole. A last line that was
-torn is charged too, as far as it can be read, in a `recovered` line: it may have been flushed and cut later.
+Append-only canonical JSON lines, each holding the SHA-256 of the line before (`synthward.engine.chain`). Training buys
+steps in leases: one line covers many steps, and a lease that its process did not close is charged whole. A last line
+that was torn is charged too, as far as it can be read, in a `recovered` line: it may have been flushed and cut later.
 Reading a ledger runs no code: the kinds of lines and of events are closed sets.
 """
 
 from __future__ import annotations
 
-import datetime
-import fcntl
 import hashlib
-import json
-import os
-import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from synthward.engine.accounting import Event, PoissonGaussianEvent, epsilon_of, event_from_dict
-from synthward.engine.accounting.accountant import ACCOUNTANTS, merge_events
-from synthward.engine.accounting.events import check_delta, check_epsilon
-from synthward.engine.errors import BudgetExceededError, ConfigError, LedgerError
+from synthward.engine.accounting import (
+    Event,
+    GaussianEvent,
+    PoissonGaussianEvent,
+    StepsEvent,
+    epsilon_of,
+    event_from_dict,
+)
+from synthward.engine.accounting.accountant import check_accountant
+from synthward.engine.accounting.events import (
+    ADD_OR_REMOVE_ONE,
+    SelectionEvent,
+    check_delta,
+    check_epsilon,
+    check_relation,
+)
+from synthward.engine.accounting.filter import RdpFilter
+from synthward.engine.chain import Chain, Format, Line, is_count
+from synthward.engine.charges import charge_of_torn, charges, check_goes_on, filter_for, open_lease
+from synthward.engine.errors import (
+    BudgetExceededError,
+    ConfigError,
+    LedgerError,
+    UnsupportedOperationError,
+)
 
-_DOMAIN = b"synthward/ledger/v1\n"
-_START = "0" * 64
 _VERSION = 1
 # Calibration meets a target to a few parts in 1e5; this covers only the rounding of a sum.
 _SLACK = 1e-9
-_FIELDS: dict[str, set[str]] = {
-    "header": {
+# More steps than any run takes; a number that arithmetic on floats still holds exactly.
+_MOST_STEPS = 10**12
+_HEADER = frozenset(
+    {
         "version",
         "run_id",
         "unit",
@@ -39,16 +57,25 @@ _FIELDS: dict[str, set[str]] = {
         "key_id",
         "private",
         "target_epsilon",
+    }
+)
+_FORMAT = Format(
+    noun="ledger",
+    domain=b"synthward/ledger/v1\n",
+    fields={
+        "header": _HEADER,
+        "event": frozenset({"event", "note"}),
+        "lease": frozenset({"event", "first_step", "steps"}),
+        "lease_close": frozenset({"used"}),
+        "key": frozenset({"key_id", "private"}),
+        "recovered": frozenset({"bytes", "digest", "event"}),
     },
-    "event": {"event", "note"},
-    "lease": {"event", "first_step", "steps"},
-    "lease_close": {"used"},
-    "key": {"key_id", "private"},
-    "recovered": {"bytes", "digest", "event"},
-}
-# Fields that a kind may have: which of several networks trained under one ledger a lease is of.
-_OPTIONAL: dict[str, set[str]] = {"lease": {"part"}, "lease_close": {"part"}}
-_COMMON = {"seq", "prev", "time", "kind", "hash"}
+    # `part`: which of several networks trained under one ledger a line is of; a key without one is the whole run's.
+    optional={
+        "header": frozenset({"filter"}),
+        **{kind: frozenset({"part"}) for kind in ("lease", "lease_close", "key")},
+    },
+)
 
 
 class Ledger:
@@ -57,17 +84,23 @@ class Ledger:
     Guarantees: when a method that charges returns, its line is on the disk; `epsilon` never reports less than
     what was released; an append that would pass ``target_epsilon`` raises `BudgetExceededError` and writes
     nothing.
+
+    The sum of an accountant holds for mechanisms that are fixed in advance: leases of one part are of one event. An
+    adaptive ledger lets noise and rates follow from what was released, accounted by the filter (`RdpFilter`) that its
+    header fixed, for its target.
     """
 
-    def __init__(self, path: Path, descriptor: int, lines: list[dict[str, Any]]) -> None:
-        self.path = path
-        self._descriptor: int | None = descriptor
-        self._lines = lines
+    def __init__(self, chain: Chain) -> None:
+        self.path, self._chain, self._lines = chain.path, chain, chain.lines
         # Open leases of this process: steps taken of each part's.
         self._taken: dict[str, int] = {}
         self._parts = 0
         self._torn: Event | None = None
-        self._pid = os.getpid()
+        # Parts whose key this process has named; None is the whole run's.
+        self._keyed: set[str | None] = set()
+        self._answered: set[Event] = set()
+        fixed = self._lines[0].get("filter")
+        self._filter = None if fixed is None else RdpFilter.from_dict(fixed)
 
     @classmethod
     def create(
@@ -80,59 +113,55 @@ class Ledger:
         key_id: str,
         private: bool,
         target_epsilon: float | None = None,
-        accountant: str = "pld",
+        accountant: str | None = None,
+        relation: str = ADD_OR_REMOVE_ONE,
+        adaptive: bool = False,
+        planned: Sequence[Event] = (),
     ) -> Ledger:
-        """Start a ledger; an existing file is refused, so that no spend is ever reset."""
+        """Start a ledger; an existing file is refused, so that no spend is ever reset.
+
+        Args:
+            accountant: "pld" (default), "rdp" or "prv".
+            relation: which data sets are neighbours, "add_or_remove_one" or "replace_one".
+            adaptive: noise and rates may be chosen during the run, within `target_epsilon`, by RDP.
+            planned: of an adaptive ledger, what is expected; its filter costs least for such. By default one Gaussian
+                mechanism that spends all.
+
+        Raises:
+            UnsupportedOperationError: an adaptive ledger with an accountant that has no valid filter.
+        """
         check_delta(delta)
         if target_epsilon is not None:
             check_epsilon(target_epsilon)
-        if accountant not in ACCOUNTANTS:
-            raise ConfigError(f"accountant: got {accountant!r}; choose one of {', '.join(ACCOUNTANTS)}")
-        path = Path(path)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            raise LedgerError(f"{path}: a ledger exists here already; its spend can not be reset") from None
-        except OSError as error:
-            raise LedgerError(f"{path}: can not be written ({error.strerror}); nothing was spent") from None
-        ledger = cls(path, descriptor, [])
-        try:
-            ledger._lock()
-            ledger._append(
-                "header",
+        accountant = accountant or ("rdp" if adaptive else "pld")
+        check_accountant(accountant)
+        check_relation(relation)
+        fixed = _fixed_filter(accountant, target_epsilon, delta, relation, planned) if adaptive else {}
+        ledger = cls(
+            Chain.create(
+                path,
+                _FORMAT,
                 version=_VERSION,
                 run_id=run_id,
                 unit=unit,
-                relation="add_or_remove_one",
+                relation=relation,
                 delta=delta,
                 accountant=accountant,
                 key_id=key_id,
                 private=private,
                 target_epsilon=target_epsilon,
+                **fixed,
             )
-            _sync_folder(path)
-        except BaseException:
-            # Nothing was charged yet: half a ledger would only bar the next attempt.
-            path.unlink(missing_ok=True)
-            ledger.close()
-            raise
+        )
+        ledger._keyed.add(None)
         return ledger
 
     @classmethod
     def open(cls, path: Path | str, *, expected_head: str | None = None, readonly: bool = False) -> Ledger:
         """Open and verify a ledger; `LedgerError` when a link is broken or ``expected_head`` is not in it."""
-        path = Path(path)
+        ledger = cls(Chain.open(path, _FORMAT, _check_line, readonly=readonly, expected_head=expected_head))
         try:
-            descriptor = os.open(path, os.O_RDONLY if readonly else os.O_RDWR | os.O_APPEND)
-        except FileNotFoundError:
-            raise LedgerError(f"{path}: no ledger here") from None
-        except OSError as error:
-            raise LedgerError(f"{path}: can not be opened ({error.strerror})") from None
-        ledger = cls(path, descriptor, [])
-        try:
-            if not readonly:
-                ledger._lock()
-            ledger._load(expected_head)
+            ledger._recover()
         except BaseException:
             ledger.close()
             raise
@@ -141,12 +170,12 @@ class Ledger:
     @property
     def header(self) -> dict[str, Any]:
         """The first line: run, unit, relation, delta, accountant, key id, private or not, target."""
-        return {k: self._lines[0][k] for k in _FIELDS["header"]}
+        return {k: self._lines[0][k] for k in _HEADER}
 
     @property
     def head(self) -> str:
         """Hash of the last line, hex."""
-        return str(self._lines[-1]["hash"])
+        return self._chain.head
 
     @property
     def lines(self) -> tuple[dict[str, Any], ...]:
@@ -158,59 +187,87 @@ class Ledger:
         """False when any key of the run came from a seed."""
         return all(line["private"] for line in self._lines if line["kind"] in ("header", "key"))
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether parameters may change during the run."""
+        return self._filter is not None
+
+    def holds(self, head: str) -> bool:
+        """Whether ``head`` was this ledger's head at some time."""
+        return self._chain.holds(head)
+
     def append_event(self, event: Event, *, note: str) -> None:
         """Charge one event; returns when it is on the disk."""
-        self._check_budget([event])
-        self._append("event", event=event.to_dict(), note=note)
+        self._check_answer(event)
+        line = {"kind": "event", "event": event.to_dict(), "note": note}
+        self._check_budget(line)
+        self._chain.append(**line)
 
-    def add_key(self, key_id: str, *, private: bool = True) -> None:
-        """Note the fresh key of a resumed run; a key that was used before is refused."""
-        if self._taken:
+    def add_key(self, key_id: str, *, private: bool = True, part: str | None = None) -> None:
+        """Note a fresh key, of a resumed run or of one part; a key that was used before is refused."""
+        if self._taken if part is None else part in self._taken:
             raise LedgerError(f"{self.path}: close the lease before changing the key")
         used = {line["key_id"] for line in self._lines if line["kind"] in ("header", "key")}
         if key_id in used and private:
             raise LedgerError(f"{self.path}: this key was used before; noise would repeat")
-        self._append("key", key_id=key_id, private=private)
+        named = {} if part is None else {"part": part}
+        self._chain.append("key", key_id=key_id, private=private, **named)
+        self._keyed.add(part)
 
     def new_part(self) -> str:
         """A name for the leases of one more network; the first is the empty one. Each leases by itself, and all are
         charged here."""
-        self._parts += 1
-        return "" if self._parts == 1 else str(self._parts)
+        used = {line.get("part", "") for line in self._lines if line["kind"] == "lease"}
+        while True:
+            self._parts += 1
+            part = "" if self._parts == 1 else str(self._parts)
+            if part not in used:
+                return part
 
-    def lease(self, event: PoissonGaussianEvent, first_step: int, steps: int, *, part: str = "") -> None:
-        """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on."""
-        if event.steps != 1 or steps < 1 or first_step < 0:
+    def lease(self, event: StepsEvent, first_step: int, steps: int, *, part: str = "") -> None:
+        """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on.
+
+        Raises:
+            LedgerError: a lease of this part is open, or a mechanism whose noise is correlated over steps does not go
+                on where it stopped (it needs a fresh key, `add_key`).
+            UnsupportedOperationError: noise, rate or strategy are not those of the part's first lease.
+        """
+        if not isinstance(event, StepsEvent):
+            raise TypeError(f"lease: got {type(event).__name__}, expected the event of a step")
+        if event.steps != 1 or not 1 <= steps <= _MOST_STEPS or first_step < 0:
             raise ValueError(
                 "lease: expected the event of one step, at least one step, and a first step >= 0"
             )
         if part in self._taken:
             raise LedgerError(f"{self.path}: the lease before is still open")
-        whole = PoissonGaussianEvent(event.sample_rate, event.noise_multiplier, steps)
-        self._check_budget([whole])
-        named = {"part": part} if part else {}
-        self._append("lease", event=event.to_dict(), first_step=first_step, steps=steps, **named)
+        self._check_unchanged(event, part)
+        self._check_whole(event, first_step, part)
+        self._check_answer(event)
+        line = {"kind": "lease", "event": event.to_dict(), "first_step": first_step, "steps": steps}
+        line |= {"part": part} if part else {}
+        self._check_budget(line)
+        self._chain.append(**line)
         self._taken[part] = 0
 
     def close_lease(self, used_steps: int, *, part: str = "") -> None:
         """Give back what a lease of this process did not use; steps that `covers` let pass stay charged."""
-        lease = self._open_lease(part)
+        lease = open_lease(self._lines, part)
         if lease is None or part not in self._taken:
             raise LedgerError(f"{self.path}: this process has no open lease")
-        if not (_is_count(used_steps) and used_steps <= lease["steps"]):
+        if not (is_count(used_steps) and used_steps <= lease["steps"]):
             raise ValueError(f"used_steps: got {used_steps}, the lease holds {lease['steps']}")
         named = {"part": part} if part else {}
-        self._append("lease_close", used=max(used_steps, self._taken[part]), **named)
+        self._chain.append("lease_close", used=max(used_steps, self._taken[part]), **named)
         del self._taken[part]
 
-    def covers(self, step: int, event: PoissonGaussianEvent, *, part: str = "") -> bool:
+    def covers(self, step: int, event: StepsEvent, *, part: str = "") -> bool:
         """Whether an open lease of this process pays for logical step ``step`` of ``event`` (one step).
 
         A lease pays for each step once: True counts the step, and those before it, as taken, so that going
         back to a checkpoint and taking a step again needs a lease of its own.
         """
-        lease = self._open_lease(part)
-        if lease is None or part not in self._taken or self._descriptor is None or self._pid != os.getpid():
+        lease = open_lease(self._lines, part)
+        if lease is None or part not in self._taken or not self._chain.is_open:
             return False
         at = step - lease["first_step"]
         if not self._taken[part] <= at < lease["steps"] or event_from_dict(lease["event"]) != event:
@@ -220,33 +277,18 @@ class Ledger:
 
     def events(self) -> list[Event]:
         """Everything charged so far; an unclosed lease counts whole."""
-        charged: list[Event] = []
-        lease_at: dict[str, int] = {}
-        for line in self._lines:
-            if line["kind"] == "event" or (line["kind"] == "recovered" and line["event"] is not None):
-                charged.append(event_from_dict(line["event"]))
-            elif line["kind"] == "lease":
-                lease_at[line.get("part", "")] = len(charged)
-                charged.append(_steps_of(line["event"], line["steps"]))
-            elif line["kind"] == "lease_close":
-                at = lease_at[line.get("part", "")]
-                charged[at] = _steps_of(charged[at].to_dict(), line["used"])
-        if self._torn is not None:
-            charged.append(self._torn)
-        return merge_events(charged)
+        return charges(self._lines, self._torn)
 
     def epsilon(self, delta: float | None = None, accountant: str | None = None) -> float:
-        """Epsilon of all that was charged; at the ledger's own delta and accountant by default."""
-        header = self._lines[0]
-        return epsilon_of(
-            self.events(), header["delta"] if delta is None else delta, accountant or header["accountant"]
-        )
+        """Epsilon of all that was charged; at the ledger's own delta and accountant by default.
+
+        Of an adaptive ledger: the filter's, which is held against the target. There is no other then.
+        """
+        return self._cost(self.events(), delta, accountant)
 
     def close(self) -> None:
         """Release the file; a lease that is open stays charged whole."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._chain.close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -256,181 +298,163 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        assert self._descriptor is not None
+    def _cost(
+        self, events: Sequence[Event], delta: float | None = None, accountant: str | None = None
+    ) -> float:
+        header = self._lines[0]
+        delta = header["delta"] if delta is None else delta
+        accountant = accountant or header["accountant"]
+        if self._filter is None:
+            return epsilon_of(events, delta, accountant, header["relation"])
+        if (delta, accountant) != (header["delta"], header["accountant"]):
+            raise ConfigError(
+                f"{self.path}: is adaptive: its filter was fixed at delta {header['delta']:g} by RDP, and another sum "
+                "is no bound"
+            )
+        return self._filter.epsilon(events)
+
+    def _check_unchanged(self, event: StepsEvent, part: str) -> None:
+        """Parameters that change may have been chosen from what was released; a sum does not hold for those."""
+        if self.is_adaptive:
+            if event.is_one_mechanism:
+                raise UnsupportedOperationError(
+                    f"{self.path}: is adaptive, and {event.kind!r} steps are one mechanism that is fixed in advance"
+                )
+            return
+        first = next(
+            (x for x in self._lines if x["kind"] == "lease" and x.get("part", "") == part),
+            None,
+        )
+        if first is not None and event_from_dict(first["event"]) != event:
+            raise UnsupportedOperationError(
+                f"{self.path}: the leases before are of {_words(first['event'])}, this one of "
+                f"{_words(event.to_dict())}; parameters that change during a run need the adaptive filter "
+                "(Ledger.create(..., adaptive=True))"
+            )
+
+    def _check_whole(self, event: StepsEvent, first_step: int, part: str) -> None:
+        if event.is_one_mechanism and not self._keyed & {None, part}:
+            raise LedgerError(f"{self.path}: {event.kind!r} steps need a fresh key (add_key) in each process")
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise LedgerError(f"{self.path}: another process is writing this ledger") from None
+            check_goes_on(self._lines, event, first_step, part)
+        except ValueError as error:
+            raise LedgerError(f"{self.path}: this lease {error}") from None
 
-    def _open_lease(self, part: str) -> dict[str, Any] | None:
-        # A key or a torn line is the mark of another process: only the process that leases may close.
-        def ends(line: dict[str, Any]) -> bool:
-            is_own = line["kind"] in ("lease", "lease_close") and line.get("part", "") == part
-            return is_own or line["kind"] in ("key", "recovered")
+    def _check_answer(self, event: Event) -> None:
+        """Refuse an event whose cost this ledger could not tell: it would be known only after the release."""
+        header = self._lines[0]
+        is_plain = isinstance(event, PoissonGaussianEvent | GaussianEvent)
+        if is_plain and header["relation"] == ADD_OR_REMOVE_ONE and header["accountant"] != "prv":
+            return
+        if isinstance(event, StepsEvent):
+            event = event.with_steps(1)
+        elif not isinstance(event, SelectionEvent):
+            event = replace(event, count=1)
+        if event not in self._answered:
+            self._cost([event])
+            self._answered.add(event)
 
-        last = next((line for line in reversed(self._lines) if ends(line)), None)
-        return last if last is not None and last["kind"] == "lease" else None
-
-    def _check_budget(self, more: list[Event]) -> None:
+    def _check_budget(self, line: Line) -> None:
         header = self._lines[0]
         target = header["target_epsilon"]
         if target is None:
             return
-        after = epsilon_of([*self.events(), *more], header["delta"], header["accountant"])
-        if after > target * (1.0 + _SLACK):
+        after = self._cost(charges([*self._lines, line], self._torn))
+        if after > target * (1.0 if self.is_adaptive else 1.0 + _SLACK):
             raise BudgetExceededError(
                 f"{self.path}: this would spend epsilon {after:.6g} of {target:g} at delta "
                 f"{header['delta']:g}; training stops here"
             )
 
-    def _append(self, kind: str, **fields: Any) -> None:
-        if self._descriptor is None:
-            raise LedgerError(f"{self.path}: the ledger is closed")
-        if self._pid != os.getpid():
-            raise LedgerError(f"{self.path}: belongs to the process that opened it, not to a fork of it")
-        line: dict[str, Any] = {
-            "seq": len(self._lines),
-            "prev": self._lines[-1]["hash"] if self._lines else _START,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "kind": kind,
-            **fields,
-        }
-        line["hash"] = _digest(line)
-        data = _canonical(line) + b"\n"
-        end = os.lseek(self._descriptor, 0, os.SEEK_END)
-        try:
-            written = os.write(self._descriptor, data)
-            if written != len(data):
-                raise OSError(28, "No space left on device")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            # Nothing that this line covers will happen: take back the part that was written.
-            os.ftruncate(self._descriptor, end)
-            raise LedgerError(
-                f"{self.path}: can not be written ({error.strerror}); nothing was spent"
-            ) from None
-        self._lines.append(line)
-
-    def _load(self, expected_head: str | None) -> None:
-        assert self._descriptor is not None
-        data = self.path.read_bytes()
-        whole, _, torn = data.rpartition(b"\n")
-        if not whole:
-            raise LedgerError(f"{self.path}: is not a ledger")
-        for number, text in enumerate(whole.split(b"\n"), start=1):
-            self._lines.append(self._verify(number, text))
-        if expected_head is not None and all(line["hash"] != expected_head for line in self._lines):
-            raise LedgerError(f"{self.path}: does not hold the expected head; lines were cut off or replaced")
-        if torn:
-            self._recover(torn, len(whole) + 1)
-
-    def _recover(self, torn: bytes, end: int) -> None:
+    def _recover(self) -> None:
         """Charge the last line, which lost its end; on disk where this process may write."""
-        assert self._descriptor is not None
-        leased = [line["steps"] for line in self._lines if line["kind"] == "lease"]
-        event = _charge_of_torn(torn, max(leased, default=1))
-        if not self._is_writable():
+        torn = self._chain.torn
+        if not torn:
+            return
+        event = charge_of_torn(torn, self._lines)
+        if not self._chain.is_writable:
             self._torn = event
             return
-        os.ftruncate(self._descriptor, end)
-        self._append(
+        self._chain.replace_torn(
             "recovered",
             bytes=len(torn),
             digest=hashlib.sha256(torn).hexdigest(),
             event=None if event is None else event.to_dict(),
         )
 
-    def _is_writable(self) -> bool:
-        assert self._descriptor is not None
-        return fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
-    def _verify(self, number: int, text: bytes) -> dict[str, Any]:
-        """One line, checked against the line before; any doubt is a `LedgerError` that names the line."""
-        try:
-            line = json.loads(text)
-            kind = line["kind"]
-            fields = set(line) - (_OPTIONAL.get(kind, set()) & set(line))
-            if fields != _COMMON | _FIELDS[kind] or _canonical(line) != text:
-                raise ValueError("has unknown or missing fields")
-            prev = self._lines[-1]["hash"] if self._lines else _START
-            if line["seq"] != len(self._lines) or line["prev"] != prev:
-                raise ValueError("does not follow the line before")
-            if line["hash"] != _digest({k: v for k, v in line.items() if k != "hash"}):
-                raise ValueError("was changed after it was written")
-            if (kind == "header") != (not self._lines):
-                raise ValueError("is out of place")
-            self._verify_fields(line)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError) as error:
-            raise LedgerError(f"{self.path}: line {number} {error}; the ledger can not be trusted") from None
-        return dict(line)
-
-    def _verify_fields(self, line: dict[str, Any]) -> None:
-        kind = line["kind"]
-        if kind == "header":
-            check_delta(line["delta"])
-            if line["version"] != _VERSION or line["accountant"] not in ACCOUNTANTS:
-                raise ValueError("is of another version")
-        if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
-            event_from_dict(line["event"])
-        if kind == "lease":
-            if line["event"]["kind"] != PoissonGaussianEvent.kind or line["event"]["steps"] != 1:
-                raise ValueError("leases something else than single steps")
-            if not (_is_count(line["steps"]) and line["steps"] >= 1 and _is_count(line["first_step"])):
-                raise ValueError("leases no steps")
-        if "part" in line and not (isinstance(line["part"], str) and line["part"]):
-            raise ValueError("names no part")
-        if kind == "lease_close":
-            lease = self._open_lease(line.get("part", ""))
-            if lease is None or not (_is_count(line["used"]) and line["used"] <= lease["steps"]):
-                raise ValueError("closes no lease")
+def _check_line(before: Sequence[Line], line: Line) -> None:
+    kind = line["kind"]
+    if kind == "header":
+        _check_header(line)
+    if kind in ("event", "lease") or (kind == "recovered" and line["event"] is not None):
+        event_from_dict(line["event"])
+    if kind == "event" and not isinstance(line["note"], str):
+        raise ValueError("has no note")
+    if kind == "key":
+        _check_key(line)
+    if kind == "recovered" and not (is_count(line["bytes"]) and isinstance(line["digest"], str)):
+        raise ValueError("stands for no torn line")
+    if kind == "lease":
+        _check_lease(before, line)
+    if kind != "key" and "part" in line and not (isinstance(line["part"], str) and line["part"]):
+        raise ValueError("names no part")
+    if kind == "lease_close":
+        lease = open_lease(before, line.get("part", ""))
+        if lease is None or not (is_count(line["used"]) and line["used"] <= lease["steps"]):
+            raise ValueError("closes no lease")
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
-    """Sorted keys, no blanks, shortest round-trip floats."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+def _check_header(line: Line) -> None:
+    if line["version"] != _VERSION:
+        raise ValueError("is of another version")
+    check_delta(line["delta"])
+    check_accountant(line["accountant"])
+    check_relation(line["relation"])
+    if line["target_epsilon"] is not None:
+        check_epsilon(line["target_epsilon"])
+    if not all(isinstance(line[name], str) for name in ("run_id", "unit")):
+        raise ValueError("names no run or no unit")
+    if "filter" in line:
+        fixed = RdpFilter.from_dict(line["filter"])
+        if (fixed.delta, fixed.relation, "rdp") != (line["delta"], line["relation"], line["accountant"]):
+            raise ValueError("has a filter of something else")
+        if line["target_epsilon"] is None:
+            raise ValueError("has a filter and no target")
+    _check_key(line)
 
 
-def _digest(line: dict[str, Any]) -> str:
-    return hashlib.sha256(_DOMAIN + _canonical(line)).hexdigest()
+def _fixed_filter(
+    accountant: str, target: float | None, delta: float, relation: str, planned: Sequence[Event]
+) -> dict[str, Any]:
+    """The header's field of an adaptive ledger."""
+    if accountant != "rdp":
+        raise UnsupportedOperationError(
+            f"accountant: {accountant!r} is no bound where parameters are chosen during a run; an adaptive "
+            "ledger needs 'rdp'"
+        )
+    if target is None:
+        raise ConfigError("target_epsilon: is missing; an adaptive ledger guarantees a target, fixed before")
+    return {"filter": filter_for(target, delta, relation, planned).to_dict()}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _check_key(line: Line) -> None:
+    if not isinstance(line["key_id"], str) or not isinstance(line["private"], bool):
+        raise ValueError("names no key")
+    if not isinstance(line.get("part", ""), str):
+        raise ValueError("names no part")
 
 
-def _steps_of(event: dict[str, Any], steps: int) -> PoissonGaussianEvent:
-    return PoissonGaussianEvent(event["sample_rate"], event["noise_multiplier"], steps)
+def _check_lease(before: Sequence[Line], line: Line) -> None:
+    event = event_from_dict(line["event"])
+    if not isinstance(event, StepsEvent) or event.steps != 1:
+        raise ValueError("leases something else than single steps")
+    if not (is_count(line["steps"]) and 1 <= line["steps"] <= _MOST_STEPS and is_count(line["first_step"])):
+        raise ValueError("leases no steps")
+    check_goes_on(before, event, line["first_step"], line.get("part", ""))
 
 
-def _charge_of_torn(torn: bytes, longest_lease: int) -> Event | None:
-    """What a line without its end has to be charged as.
-
-    In canonical order the event comes first and a lease's number of steps near the end. Where that number is
-    lost, the lease counts as long as the longest before it. None for lines that charge nothing, and for one
-    cut inside its event: of that one only its length and digest are kept.
-    """
-    text = torn.decode("utf-8", errors="replace")
-    start = '{"event":'
-    if not text.startswith(start):
-        return None
-    try:
-        data, end = json.JSONDecoder().raw_decode(text, len(start))
-        event = event_from_dict(data)
-    except (ValueError, RecursionError, OverflowError, ConfigError):
-        return None
-    if not isinstance(event, PoissonGaussianEvent) or text.startswith(',"hash":', end):
-        return event
-    steps = re.search(r'"steps":([0-9]{1,12}),', text[end:])
-    return _steps_of(data, int(steps.group(1)) if steps else longest_lease)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _words(event: dict[str, Any]) -> str:
+    """An event in a message, without what would fill a page."""
+    shown = {k: v for k, v in event.items() if k not in ("kind", "steps", "strategy")}
+    return ", ".join([event["kind"], *(f"{k} {v}" for k, v in shown.items())])

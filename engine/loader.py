@@ -14,7 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data import default_collate as default_collate
 
 from synthward.engine.errors import ConfigError
-from synthward.engine.sampling import PoissonSampler
+from synthward.engine.sampling import Sampler
+from synthward.engine.spec import SamplingSpec
 
 Collate = Callable[[list[Any]], Any]
 
@@ -30,12 +31,12 @@ class Draw:
 
 
 class PoissonBatches:
-    """Endless batch sampler: each item is the row indices of one fresh draw; one epoch is ``round(1 / q)``
+    """Endless batch sampler: each item is the row indices of one fresh draw; one epoch is ``round(period / q)``
     draws."""
 
-    def __init__(self, sampler: PoissonSampler, unit_ids: npt.NDArray[np.int64] | None) -> None:
+    def __init__(self, sampler: Sampler, unit_ids: npt.NDArray[np.int64] | None) -> None:
         self._sampler, self._next = sampler, 0
-        self.epoch_length = max(1, round(1.0 / sampler.sample_rate))
+        self.epoch_length = max(1, round(sampler.period / sampler.sample_rate))
         self.drawn: deque[Draw] = deque()
         self._unit_ids = unit_ids
         if unit_ids is not None:
@@ -69,14 +70,19 @@ class PoissonLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, loader: DataLoader[Any], sample_rate: float, key: bytes, unit_ids: npt.NDArray[np.int64] | None
+        self,
+        loader: DataLoader[Any],
+        sampling: SamplingSpec,
+        key: bytes,
+        unit_ids: npt.NDArray[np.int64] | None,
     ) -> None:
         check_loader(loader)
+        self.sampling = sampling
         units = len(np.unique(unit_ids)) if unit_ids is not None else rows_of(loader)
         if units == 0:
             raise ConfigError("data_loader: its data set is empty")
         self.draw: Draw | None = None
-        self._batches = PoissonBatches(PoissonSampler(units, sample_rate, key), unit_ids)
+        self._batches = PoissonBatches(sampling.sampler(units, key), unit_ids)
         collate = loader.collate_fn if loader.collate_fn is not None else default_collate
         super().__init__(
             loader.dataset,

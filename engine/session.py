@@ -277,6 +277,11 @@ class PrivateSession:
                 "is accounted did not happen; iterate over the loader that make_private returned, one "
                 "optimizer.step() a batch, or set poisson_sampling=False"
             )
+        if self._loader.sampling.period > 1 and draw.index > self._last_draw + 1 and self._last_draw >= 0:
+            raise PrivacyError(
+                "a batch of the private loader was left out: units that take turns (period > 1) would come back too "
+                "early. Take one optimizer.step() for every batch, or leave the loop at the end of a pass only"
+            )
         if self._draw is not None and draw.index != self._draw.index:
             raise PrivacyError(
                 "two draws of the loader in one step: a unit could take part twice. Call optimizer.step() "

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from synthward.engine.accounting.events import (
+    CorrelatedGaussianEvent,
+    CyclicPoissonGaussianEvent,
+    PoissonGaussianEvent,
+    StepsEvent,
+    TruncatedPoissonGaussianEvent,
+)
+from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.errors import ConfigError
+from synthward.engine.sampling import CyclicPoissonSampler, PoissonSampler, Sampler, TruncatedPoissonSampler
 
 CLIPPINGS = ("flat", "per-layer", "grouped", "automatic", "adaptive")
 REDUCTIONS = ("mean", "sum")
@@ -73,21 +82,46 @@ class ClipSpec:
         return self.max_grad_norm
 
 
+ARITHMETICS = ("float", "discrete")
+
+
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Gaussian noise; `noise_multiplier` is its standard deviation over the sensitivity (0 = no noise)."""
+    """Gaussian noise on the released sums.
+
+    Args:
+        noise_multiplier: standard deviation over the sensitivity of one sum (0 = no noise). With a strategy, that of
+            the white noise z.
+        strategy: None for noise that is fresh in each step; a strategy matrix C for noise ``C^-1 z`` that is correlated
+            over steps (matrix factorization).
+        arithmetic: "float": fp32 sums and noise. "discrete": sums in fp64, rounded to an integer grid, and the noise
+            an integer; the rounding is added to the sensitivity. What is released then has no trace of
+            floating-point arithmetic; the step takes longer.
+    """
 
     noise_multiplier: float
+    strategy: Strategy | None = None
+    arithmetic: str = "float"
 
     def __post_init__(self) -> None:
         if not _is_number(self.noise_multiplier) or not 0.0 <= self.noise_multiplier < math.inf:
             raise ConfigError(
                 f"noise_multiplier: got {self.noise_multiplier!r}; give a finite number of at least 0"
             )
+        if self.strategy is not None and not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy: got {type(self.strategy).__name__}; give a Strategy or None")
+        if self.arithmetic not in ARITHMETICS:
+            raise ConfigError(f"arithmetic: got {self.arithmetic!r}; choose one of {', '.join(ARITHMETICS)}")
+        if self.arithmetic == "discrete" and self.strategy is not None:
+            raise ConfigError("arithmetic: 'discrete' goes with fresh noise only; leave the strategy out")
 
-    def noise_std(self, clip: ClipSpec) -> float:
-        """Standard deviation of the noise on each coordinate of the summed gradient."""
-        return self.noise_multiplier * clip.sensitivity()
+    def check(self, clip: ClipSpec) -> None:
+        """`ConfigError` where noise and clipping rule do not go together."""
+        if clip.clipping == "adaptive" and (self.strategy is not None or self.arithmetic == "discrete"):
+            raise ConfigError(
+                "clipping: 'adaptive' moves the sensitivity from step to step, which correlated and discrete noise "
+                "do not allow; use flat, automatic, per-layer or grouped"
+            )
 
 
 KEEPS = ("full", "bf16", "recompute")
@@ -130,15 +164,24 @@ class PerfSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """Poisson sampling of privacy units; both numbers are public.
+    """How privacy units are drawn; all numbers are public.
 
     Args:
-        sample_rate: probability q of each unit in each step, above 0 and at most 1.
+        sample_rate: probability q of each unit in each step (of its group's steps, if ``period > 1``), above 0 and at
+            most 1.
         expected_batch_size: public denominator of the mean, positive; never counted from the records.
+        period: units fall into this many groups, each by a coin of its own, and step t draws from group
+            ``t mod period``: no unit takes part twice within `period` steps (min-separation). 1: no groups.
+        max_batch_size: a larger draw is cut to so many units, chosen at random (static shapes); the cost of that is
+            accounted. Needs `max_units`.
+        max_units: public upper bound of the number of units; more are refused.
     """
 
     sample_rate: float
     expected_batch_size: float
+    period: int = 1
+    max_batch_size: int | None = None
+    max_units: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.sample_rate) or not 0.0 < self.sample_rate <= 1.0:
@@ -146,12 +189,71 @@ class SamplingSpec:
                 f"sample_rate: got {self.sample_rate!r}; give a probability above 0 and at most 1"
             )
         check_positive(self.expected_batch_size, "expected_batch_size")
+        _check_count(self.period, "period")
+        if (self.max_batch_size is None) != (self.max_units is None):
+            raise ConfigError(
+                "max_batch_size, max_units: a cap on the batch needs both; give both or neither"
+            )
+        if self.max_batch_size is not None:
+            _check_count(self.max_batch_size, "max_batch_size")
+            _check_count(self.max_units, "max_units")
+            if self.period > 1:
+                raise ConfigError("max_batch_size: a cap does not go with groups (period > 1)")
+
+    def event(self, noise: NoiseSpec, steps: int) -> StepsEvent:
+        """What `steps` steps of this sampler with that noise cost.
+
+        A banded strategy of at most `period` bands keeps the amplification of sampling (Choquette-Choo et al. 2023,
+        theorem 4): a unit's steps are `period` apart, so that the columns it meets do not overlap, and each is one
+        subsampled Gaussian mechanism. Every other strategy is accounted as if all units took part whenever it is their
+        group's turn.
+        """
+        z, strategy = noise.noise_multiplier, noise.strategy
+        if self.max_batch_size is not None and self.max_units is not None:
+            if strategy is not None:
+                raise ConfigError("strategy: correlated noise does not go with max_batch_size; leave one out")
+            return TruncatedPoissonGaussianEvent(
+                self.sample_rate, z, steps, self.max_batch_size, self.max_units
+            )
+        if strategy is None:
+            if self.period == 1:
+                return PoissonGaussianEvent(self.sample_rate, z, steps)
+            return CyclicPoissonGaussianEvent(self.sample_rate, z, self.period, steps)
+        bands = strategy.bands
+        if (
+            strategy.kind == "banded"
+            and bands is not None
+            and bands <= self.period
+            and self.sample_rate < 1.0
+        ):
+            once = strategy.sensitivity(bands, bands)
+            return CyclicPoissonGaussianEvent(self.sample_rate, z / once, self.period, steps)
+        return CorrelatedGaussianEvent(z, strategy, self.period, steps)
+
+    def sampler(self, num_units: int, key: bytes) -> Sampler:
+        """The sampler that is accounted; ``draw(step)`` gives the units of a logical step, int64, increasing.
+
+        Raises:
+            ConfigError: more units than `max_units`.
+        """
+        if self.max_batch_size is not None and self.max_units is not None:
+            return TruncatedPoissonSampler(
+                num_units, self.sample_rate, key, max_batch_size=self.max_batch_size, max_units=self.max_units
+            )
+        if self.period > 1:
+            return CyclicPoissonSampler(num_units, self.sample_rate, key, period=self.period)
+        return PoissonSampler(num_units, self.sample_rate, key)
 
 
 def check_positive(value: float, name: str) -> None:
     """`ConfigError` unless `value` is a finite positive number."""
     if not _is_number(value) or not 0.0 < value < math.inf:
         raise ConfigError(f"{name}: got {value!r}; give a finite number above 0")
+
+
+def _check_count(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: got {value!r}; give a whole number of at least 1")
 
 
 def _is_number(value: object) -> bool:

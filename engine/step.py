@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import math
 import re
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
 from synthward.engine.contributions import Contributions, Groups
-from synthward.engine.errors import ConfigError, PrivacyError
+from synthward.engine.errors import ConfigError
 from synthward.engine.flat import FlatParameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
-from synthward.engine.optim import Noise, make_updater
+from synthward.engine.noise import DiscreteSums, NoiseSource
+from synthward.engine.optim import make_updater
 from synthward.engine.planner import Planner
 from synthward.engine.products import Products
+from synthward.engine.replay import tap
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec
-from synthward.kernels import gaussian_noise
-
-# Noise streams of training steps: one per object that draws from the same key schedule.
-_FIRST_STREAM = 1
-_streams: weakref.WeakKeyDictionary[KeySchedule, int] = weakref.WeakKeyDictionary()
-
-
-def _next_stream(keys: KeySchedule) -> int:
-    stream = _streams.get(keys, _FIRST_STREAM)
-    if stream >= 1 << 15:
-        raise PrivacyError("this key schedule was given to too many trainers; draw a fresh one")
-    _streams[keys] = stream + 1
-    return stream
 
 
 class DPStep:
     """The private step of one module and optimizer.
 
     Guarantees: what `release` adds to the parameters is a function of the sum over units of contributions of
-    norm at most C, plus one N(0, (sigma C)^2) per coordinate, whatever the number of physical batches;
-    noise is drawn at a (stream, step) that is never used again.
+    norm at most C, plus the noise of its `NoiseSpec` (one N(0, (sigma C)^2) per coordinate and step, or one of a
+    correlated sequence), whatever the number of physical batches; noise is drawn at a (stream, step) that is never
+    used again.
     """
 
     def __init__(
@@ -57,6 +47,7 @@ class DPStep:
         perf: PerfSpec | None = None,
     ) -> None:
         check_modules(module)
+        noise.check(clip)
         keep_freed_memory()
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
         self.flat = FlatParameters(module, optimizer)
@@ -71,7 +62,9 @@ class DPStep:
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.has_sum = False
         self._grad_scale = 1.0 / expected_batch_size
-        self._key, self._stream, self._noise_step = keys.key("noise"), _next_stream(keys), 0
+        self.source = NoiseSource(noise, self.flat, keys)
+        self.discrete = DiscreteSums(self.flat, clip) if noise.arithmetic == "discrete" else None
+        self._is_private = keys.is_private
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -103,7 +96,7 @@ class DPStep:
             batch,
             clip=self.clip,
             groups=self.groups,
-            sums=self.flat.sums,
+            sums=self.flat.sums if self.discrete is None else self.discrete.sums,
             planner=self.planner,
             observe=None if self.quantile is None or factors is not None else self.quantile.observe,
             factors=factors,
@@ -117,6 +110,8 @@ class DPStep:
             with torch.no_grad():
                 contributions.finish()
             contributions.check_finished()
+            if self.discrete is not None:
+                self.discrete.count(contributions.num_units, contributions.most_rows)
             self.state.consume(contributions.forwards)
 
     def release(self) -> None:
@@ -126,22 +121,42 @@ class DPStep:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
         """
         self.check_coverage()
-        std = self.noise.noise_std(self.clip)
+        bound = self._sensitivity()
+        std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
         if self.quantile is not None:
-            std = self.quantile.noise_multiplier * self.quantile.bound
-        noise = Noise(self._key, self._stream, self._noise_step, std)
-        # Never given out again, even if what follows fails half way.
-        self._noise_step += 1
+            self.quantile.tap(is_private=self._is_private)
+        sums = self.flat.summed_grad if self.discrete is None else self.discrete.flat
+        tap("step", sums, sensitivity=bound, is_private=self._is_private, noise_std=std)
+        noise = self.source.next(std)
         with torch.no_grad():
             if self.quantile is not None:
                 # The first index behind the parameters: no coordinate of theirs has it.
-                draw = gaussian_noise(
-                    1, key=noise.key, stream=noise.stream, step=noise.step, start=len(self.flat.data)
-                )
-                self.quantile.release(float(draw[0]))
+                self.quantile.release(self.source.scalar(noise, len(self.flat.data)))
+            if self.discrete is not None:
+                self.discrete.release(noise)
+                noise = replace(noise, std=0.0, variance=noise.std**2)
             self.updater.update(noise, self._grad_scale)
+        self.source.close()
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False
+
+    def _sensitivity(self) -> float:
+        """L2 change of the sum when one unit is added or removed, rounding to a grid included."""
+        if self.quantile is not None:
+            return self.quantile.bound
+        return self.clip.sensitivity() if self.discrete is None else self.discrete.sensitivity
+
+    def adapt(self, noise: NoiseSpec, expected_batch_size: float) -> None:
+        """Other noise and another public batch size from the next step on.
+
+        Raises:
+            ConfigError: with a strategy or adaptive clipping, whose noise is of all steps together.
+        """
+        if noise.strategy is not None or self.quantile is not None:
+            raise ConfigError(
+                "adapt: correlated noise and adaptive clipping are fixed for a run; use fresh noise and flat clipping"
+            )
+        self.noise, self._grad_scale = noise, 1.0 / expected_batch_size
 
     def check_coverage(self) -> None:
         """Every trainable parameter is tracked, in place, and has no gradient of its own."""
@@ -154,6 +169,8 @@ class DPStep:
         is_spoilt = self.state.abandon()
         if self.quantile is not None:
             self.quantile.discard()
+        if self.discrete is not None:
+            self.discrete.discard()
         if self.has_sum or is_spoilt:
             self.flat.summed_grad.zero_()
             self.has_sum = False
@@ -189,6 +206,11 @@ class Quantile:
         below = (norms <= self.bound).float() - 0.5
         found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
         self._total = found if self._total is None else self._total + found
+
+    def tap(self, *, is_private: bool) -> None:
+        """Show the count to a recording (`synthward.engine.replay`); it is released with the sum, after this."""
+        total = torch.zeros((), dtype=torch.float64) if self._total is None else self._total
+        self._total = tap("count of a step", total, sensitivity=0.5, is_private=is_private)
 
     def release(self, gaussian: float) -> None:
         """Move the bound by the noisy share; `gaussian` is one standard draw."""

@@ -194,6 +194,7 @@ class PrivateTrainer:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_dict`; noise goes on with keys and counters that were never used."""
+        self._step.source.check_may_go_back()
         self._step.discard()
         self._steps_done = restore_tensors(self._step, tensors)
 
@@ -205,6 +206,33 @@ class PrivateTrainer:
                 f"advance_to: step {step} lies before step {self._steps_done}, which was taken already"
             )
         self._steps_done = step
+
+    def adapt(self, plan: PrivacyPlan) -> None:
+        """Go on by another plan: other noise, rate, number of steps or public batch size, chosen from what was released
+        so far (an adaptive schedule).
+
+        What is composed then is no longer known in advance, so that only a ledger with an adaptive (RDP) filter can
+        account for it (Feldman and Zrnic 2021); each plan's steps need leases of their own event.
+
+        Raises:
+            PrivacyError: no ledger, one without such a filter, or in the middle of a step.
+            ConfigError: clipping, strategy, arithmetic or sampler change, which are fixed for a run.
+        """
+        if self.ledger is None or not self.ledger.is_adaptive:
+            raise PrivacyError(
+                "adapt: a schedule that follows what was released needs a ledger with an adaptive filter; create it "
+                "with Ledger.create(..., adaptive=True)"
+            )
+        if self._step.has_sum:
+            raise PrivacyError("adapt: a logical step is under way; call apply() first")
+        before = self.plan
+        for name in ("clip", "strategy", "arithmetic", "period", "max_batch_size", "max_units"):
+            if getattr(plan, name) != getattr(before, name):
+                raise ConfigError(
+                    f"adapt: {name} is fixed for a run; only noise, rate, steps and batch size may change"
+                )
+        self._step.adapt(plan.noise, plan.expected_batch_size)
+        self.plan = plan
 
     def _layout(self, losses: Tensor, rows_per_unit: int | None, offsets: Tensor | None) -> Layout:
         if losses.dim() != 1:
@@ -231,7 +259,7 @@ class PrivateTrainer:
             raise LedgerError(
                 f"no open lease of the ledger covers step {self._steps_done} of this plan (rate "
                 f"{self.plan.sample_rate:g}, noise {self.plan.noise_multiplier:g}); call ledger.lease "
-                "first"
+                "with plan.event(1) first"
             )
 
 

@@ -17,6 +17,8 @@ from synthward.kernels.conv import conv_sum as conv_sum
 from synthward.kernels.conv import conv_unit_grads as conv_unit_grads
 from synthward.kernels.diagonal import diagonal_sq_norms as diagonal_sq_norms
 from synthward.kernels.diagonal import diagonal_weighted_sum as diagonal_weighted_sum
+from synthward.kernels.discrete import discrete_release_ as discrete_release_
+from synthward.kernels.discrete import rounded_gaussian as rounded_gaussian
 from synthward.kernels.noise import add_gaussian_noise_ as add_gaussian_noise_
 from synthward.kernels.noise import gaussian_noise as gaussian_noise
 from synthward.kernels.noise.correlation import Correlation as Correlation

@@ -8,6 +8,12 @@ Element e of a Gaussian stream lies in group ``e // 256`` at place ``r = e % 256
 ``16 * group + r % 16``, lane ``r // 16``. Lane j < 8 is the cosine of radius word j and angle word 8 + j,
 lane 8 + j the sine. A radius word w stands for the uniform ``w / 2^32``, as the nearest float32; one below
 2^16 is refined by word j of the extension block, v, to ``(w + (v + 1/2) / 2^32) / 2^32``.
+
+Integer noise (``csrc/core/discrete.inl``) has words of 64 bits and blocks of its own, those with the top bit of the
+counter set; whole streams of float32 noise end below it. Element e lies in group ``e // 128`` at place
+``r = e % 128``: in block ``2^63 + 16 * group + r % 16``, lane ``r // 16``. Lane j < 4 is the cosine and lane 4 + j the
+sine of the pair whose radius is words j (low half) and 4 + j (high half) and whose angle is words 8 + j and 12 + j. A
+radius word w stands for the uniform ``(w + 1/2) / 2^64``, an angle word a for ``2 pi a / 2^64``.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ from synthward.kernels import _check
 
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", dtype="<u4")
 RARE = 1 << 16
-EXTENSION_BIT = 1 << 63
+EXTENSION_BIT = 1 << 63  # of the nonce
+DISCRETE_BIT = 1 << 63  # of the counter
 
 
 def chacha20_words(key: bytes, *, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]:
@@ -67,6 +74,39 @@ def reference_gaussians(key: bytes, *, stream: int, step: int, start: int, count
     angle = words[inverse, 8 + pair].astype(np.float64) * (2.0 * np.pi / 2.0**32)
     wave = np.where(lane < 8, np.cos(angle), np.sin(angle))
     return (np.sqrt(-2.0 * np.log(uniform)) * wave).astype(np.float32)
+
+
+def reference_wide_gaussians(
+    key: bytes, *, stream: int, step: int, start: int, count: int
+) -> NDArray[np.float64]:
+    """Plain NumPy form of the normals that integer noise is rounded from, float64 [count]."""
+    element = np.arange(start, start + count, dtype=np.int64)
+    group, place = element // 128, element % 128
+    counters, inverse = np.unique(group * 16 + place % 16, return_inverse=True)
+    words = reference_blocks(key, stream << 48 | step, counters.astype(np.uint64) | np.uint64(DISCRETE_BIT))
+    lane = place // 16
+    low, pair = words.astype(np.uint64)[inverse], lane % 4
+    at = np.arange(count)
+    radius = low[at, pair] | low[at, 4 + pair] << np.uint64(32)
+    angle = low[at, 8 + pair] | low[at, 12 + pair] << np.uint64(32)
+    cosines, sines = wide_normals(radius, angle)
+    return np.where(lane < 4, cosines, sines)
+
+
+def wide_normals(
+    radius: NDArray[np.uint64], angle: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both normals of each pair of words. The upper half of the uniforms is taken by its distance from one."""
+    below_one = ((~radius).astype(np.float64) + 0.5) * 2.0**-64
+    uniform = (radius.astype(np.float64) + 0.5) * 2.0**-64
+    upper = radius >> np.uint64(63) != 0
+    logarithm = np.where(upper, np.log1p(-np.where(upper, below_one, 0.5)), np.log(uniform))
+    quadrant = (angle + np.uint64(1 << 61)) >> np.uint64(62)
+    rest = (angle - (quadrant << np.uint64(62))).view(np.int64).astype(np.float64) * (2.0 * np.pi / 2.0**64)
+    turns = (quadrant & np.uint64(3)).astype(np.int64)
+    c, s = np.cos(rest), np.sin(rest)
+    length = np.sqrt(-2.0 * logarithm)
+    return length * np.choose(turns, (c, -s, -c, s)), length * np.choose(turns, (s, c, -s, -c))
 
 
 def _quarter(x: NDArray[np.uint32], a: int, b: int, c: int, d: int) -> None:

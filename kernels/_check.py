@@ -47,6 +47,21 @@ def flat_float(tensor: Tensor, name: str, length: int | None = None) -> None:
         raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{expected}]")
 
 
+def flat_sum(tensor: Tensor, name: str, length: int) -> None:
+    """An accumulator: float32, or float64 for sums that are exact but for their own rounding."""
+    if tensor.dtype != torch.float64:
+        flat_float(tensor, name, length)
+    elif tensor.ndim != 1 or len(tensor) != length:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [{length}]")
+
+
+def flat_double(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.float64:
+        raise TypeError(f"{name}: has dtype {tensor.dtype}, expected torch.float64")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}, expected [P]")
+
+
 def apart(tensor: Tensor, written: Tensor, name: str) -> None:
     """No byte of one flat tensor may lie within the other."""
     (first, end), (other, other_end) = _extent(tensor), _extent(written)

@@ -21,7 +21,11 @@ _log = logging.getLogger("synthward.kernels")
 
 
 def choose(
-    backend: Backend, *inputs: Tensor | None, written: tuple[Tensor | None, ...] = (), triton: bool = True
+    backend: Backend,
+    *inputs: Tensor | None,
+    written: tuple[Tensor | None, ...] = (),
+    triton: bool = True,
+    further: tuple[torch.dtype, ...] = (),
 ) -> Choice:
     """Which implementation runs: what was asked for, or under `auto` the compiled one that takes these tensors.
 
@@ -31,6 +35,7 @@ def choose(
         inputs: tensors that are read; the Triton kernels copy what is not contiguous.
         written: tensors that are written, contiguous.
         triton: whether the operation has a Triton kernel.
+        further: dtypes that the operation's compiled kernels take beside those.
 
     Raises:
         ValueError: the backend is unknown, or was asked for and cannot take the tensors.
@@ -39,16 +44,16 @@ def choose(
     if backend == "reference":
         return "reference"
     if backend == "triton":
-        _demand_triton(inputs, written, triton)
+        _demand_triton(inputs, written, triton, further)
         return "triton"
     if backend not in ("auto", "cpp"):
         raise ValueError(f"backend: got {backend!r}, expected 'auto', 'reference', 'cpp' or 'triton'")
-    if all(t is None or _fits(t) for t in tensors):
+    if all(t is None or _fits(t, further) for t in tensors):
         return "cpp"
     if backend == "cpp":
         raise ValueError("backend 'cpp' needs contiguous fp32 (ids: int64) tensors in CPU memory")
     on_device = any(t is not None and t.is_cuda for t in tensors)
-    if triton and on_device and _fits_triton(inputs, written, "cuda") and _triton_found():
+    if triton and on_device and _fits_triton(inputs, written, "cuda", further) and _triton_found():
         return "triton"
     return "reference"
 
@@ -66,22 +71,33 @@ def use_cpp(backend: Backend, *tensors: Tensor | None) -> bool:
     return choose(backend, *tensors, triton=False) == "cpp"
 
 
-def _fits(tensor: Tensor) -> bool:
-    typed = tensor.dtype in (torch.float32, torch.int64)
+def _fits(tensor: Tensor, further: tuple[torch.dtype, ...]) -> bool:
+    typed = tensor.dtype in (torch.float32, torch.int64, *further)
     return tensor.device.type == "cpu" and typed and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _fits_triton(inputs: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...], device: str) -> bool:
+def _fits_triton(
+    inputs: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...],
+    device: str,
+    further: tuple[torch.dtype, ...],
+) -> bool:
     present = [t for t in (*inputs, *written) if t is not None]
     return (
-        all(t.dtype in _DTYPES_TRITON and t.device.type == device and not t.is_neg() for t in present)
+        all(
+            t.dtype in (*_DTYPES_TRITON, *further) and t.device.type == device and not t.is_neg()
+            for t in present
+        )
         and len({t.device for t in present}) <= 1
         and all(t.is_contiguous() for t in written if t is not None)
     )
 
 
 def _demand_triton(
-    inputs: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...], exists: bool
+    inputs: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...],
+    exists: bool,
+    further: tuple[torch.dtype, ...],
 ) -> None:
     if not exists:
         raise ValueError("backend 'triton': this operation has no Triton kernel; use 'auto' or 'reference'")
@@ -89,7 +105,7 @@ def _demand_triton(
         raise ValueError("backend 'triton': the package triton is not installed")
     from synthward.kernels._triton import INTERPRETED
 
-    if not _fits_triton(inputs, written, "cpu" if INTERPRETED else "cuda"):
+    if not _fits_triton(inputs, written, "cpu" if INTERPRETED else "cuda", further):
         place = "in CPU memory, as TRITON_INTERPRET is set" if INTERPRETED else "on one CUDA device"
         raise ValueError(
             f"backend 'triton' needs fp32, bf16 or fp16 (ids: int64) tensors {place}, contiguous where written"

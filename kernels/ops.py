@@ -114,6 +114,30 @@ def add_gaussian_noise_(
     )
 
 
+@custom_op("synthward::discrete_release_", mutates_args=("sums", "out"))
+def discrete_release_(
+    sums: Tensor,
+    out: Tensor,
+    key: Tensor,
+    stream: int,
+    step: int,
+    start: int,
+    grid: float,
+    noise_std: float,
+    backend: str = "auto",
+) -> None:
+    kernels.discrete_release_(
+        *(sums, out),
+        key=_bytes(key),
+        stream=stream,
+        step=step,
+        start=start,
+        grid=grid,
+        noise_std=noise_std,
+        backend=cast(Backend, backend),
+    )
+
+
 @custom_op("synthward::noisy_adam_", mutates_args=("param", "summed_grad", "exp_avg", "exp_avg_sq"))
 def noisy_adam_(
     param: Tensor,
@@ -211,6 +235,6 @@ def _writes_only(*_inputs: object, **_options: object) -> None:
 for _operation in (
     *(outer_sq_norms, outer_weighted_sum, outer_norms, outer_sum),
     *(diagonal_sq_norms, diagonal_weighted_sum, scatter_sq_norms, scatter_weighted_sum),
-    *(add_gaussian_noise_, noisy_adam_, noisy_sgd_),
+    *(add_gaussian_noise_, discrete_release_, noisy_adam_, noisy_sgd_),
 ):
     _operation.register_fake(_writes_only)

@@ -38,6 +38,7 @@ ALLOWED = {
         *("matplotlib", "jinja2", "markupsafe", "safetensors", "numba"),
     },
     "synthward.commands": {"typer"},
+    "synthward.run.attest": {"cryptography"},
     "synthward.schema": {"pydantic", "numpy"},
     "synthward.progress": {"rich"},
 }

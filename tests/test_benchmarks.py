@@ -65,6 +65,26 @@ def test_a_step_of_a_model_is_measured():
     assert results() == before
 
 
+def test_errors_of_correlated_noise_are_measured():
+    before = results()
+    printed = run("correlated_noise", "--quick", "--dry")
+    errors = [float(line.split(" error ")[1].split()[0]) for line in printed if " error " in line]
+    assert len(errors) == 5 and all(0.0 < error < 100.0 for error in errors)
+    assert results() == before
+
+
+def test_noise_is_measured():
+    before = results()
+    lines = run("noise", "--rounds", "2", "--small", "4096", "--large", "5000", "--dry")
+    rates = [line for line in lines if line.endswith("G elements/s")]
+    assert sum("Adam" in line for line in rates) == 3 and sum("(torch)" in line for line in rates) == 1
+    assert sum("releases (" in line for line in rates) == sum("normals (" in line for line in rates) - 1 > 0
+    assert all(float(line.split()[-5]) > 0.0 for line in rates)
+    ratios = [line for line in lines if line.startswith("noise and adam over")]
+    assert len(ratios) == 2 and all(float(line.split(": ")[1].split()[0]) > 0.0 for line in ratios)
+    assert results() == before
+
+
 def test_parts_of_a_result_keep_each_other(tmp_path: Path, machine: ModuleType):
     machine.RESULTS = tmp_path / "results"
     machine.write_part("kernels", {"rows": [1]}, machine={"torch_threads": 1})

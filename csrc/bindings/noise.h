@@ -31,6 +31,8 @@ inline void check_range(int64_t start, int64_t count) {
   if (start > INT64_MAX - count) refuse("start", "is too large");
 }
 
+// Bindings of integer noise (core/discrete.inl).
+void bind_discrete(py::module_& m);
 // Bindings of added noise and fused updates (core/correlated.inl, core/update.inl).
 void bind_update(py::module_& m);
 

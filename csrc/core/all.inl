@@ -15,6 +15,7 @@ namespace SYNTHWARD_ISA {
 
 #include "core/chacha.inl"
 #include "core/gaussian.inl"
+#include "core/discrete.inl"
 #include "core/correlated.inl"
 #include "core/norms.inl"
 #include "core/gemm.inl"
@@ -31,6 +32,7 @@ const KernelTable table = {
     gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
     conv_scratch,       conv_norms,       conv_sum,   conv_gram_scratch,     conv_gram_norms,
     layer_norm_scratch, layer_norm_backward, group_norm_backward, product_layout, product,
+    wide_normals,       rounded_gaussian, discrete_release,
 };
 
 }  // namespace SYNTHWARD_ISA

@@ -31,6 +31,8 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef double vd __attribute__((vector_size(8 * WIDE)));
+typedef int64_t vl __attribute__((vector_size(8 * WIDE)));
+typedef uint64_t vw __attribute__((vector_size(8 * WIDE)));
 
 SYNTHWARD_INLINE void store(float* to, vf x) { __builtin_memcpy(to, &x, sizeof x); }
 SYNTHWARD_INLINE vu splat(uint32_t value) { return vu{} + value; }
@@ -45,6 +47,30 @@ SYNTHWARD_INLINE vd widen(const float* from) {
 #else
   vd out;
   for (int l = 0; l < WIDE; ++l) out[l] = (double)from[l];
+  return out;
+#endif
+}
+
+// WIDE doubles as floats.
+SYNTHWARD_INLINE void narrow(vd x, float* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(to, _mm512_cvtpd_ps((__m512d)x));
+#elif defined(__AVX2__)
+  _mm_storeu_ps(to, _mm256_cvtpd_ps((__m256d)x));
+#else
+  for (int l = 0; l < WIDE; ++l) to[l] = (float)x[l];
+#endif
+}
+
+// WIDE words of 32 bits, each with 32 zeros before it.
+SYNTHWARD_INLINE vw widen_words(const uint32_t* from) {
+#if defined(__AVX512F__)
+  return (vw)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (vw)_mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)from));
+#else
+  vw out;
+  for (int l = 0; l < WIDE; ++l) out[l] = from[l];
   return out;
 #endif
 }

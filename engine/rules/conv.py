@@ -91,7 +91,7 @@ class ConvUse:
         )
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        total = torch.zeros(self.shape.numel, dtype=torch.float32, device=out.device)
+        total = torch.zeros(self.shape.numel, dtype=out.dtype, device=out.device)
         conv_sum(self.shape, self.images, self.output_grads, weights.rows, out=total)
         _add_channels_last(self.shape, total, out)
 
@@ -147,7 +147,7 @@ class ChannelsLastUse(DiagonalUse):
     shape: ConvShape
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        total = torch.zeros(self.shape.numel, dtype=torch.float32, device=out.device)
+        total = torch.zeros(self.shape.numel, dtype=out.dtype, device=out.device)
         diagonal_weighted_sum(self.unit_rows, weights.rows, out=total)
         _add_channels_last(self.shape, total, out)
 

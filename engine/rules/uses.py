@@ -173,7 +173,7 @@ class OuterUse:
 
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
-        total = g.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
+        total = out.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
         outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]), bias=total)
         if total is not None:
             weights.row_totals[id(g)] = total

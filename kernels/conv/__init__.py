@@ -101,11 +101,11 @@ def conv_sum(
     backend: Backend = "auto",
 ) -> None:
     """``out += sum_n w_n G_n`` float32 [numel], channels last; row_weights float32 [N]. An image of weight zero is not
-    read. The order of the additions depends on the shapes alone."""
+    read. The order of the additions depends on the shapes alone. A float64 ``out`` is summed in float64."""
     offsets = torch.arange(len(images) + 1, device=images.device)
     _check_rows(shape, images, output_grads, offsets)
     _check.flat_float(row_weights, "row_weights", len(images))
-    _check.flat_float(out, "out", shape.numel)
+    _check.flat_sum(out, "out", shape.numel)
     chosen = _choose(shape, backend, images, output_grads, row_weights, written=(out,))
     if chosen == "triton":
         from synthward.kernels.conv import triton_impl

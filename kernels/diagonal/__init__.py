@@ -61,7 +61,7 @@ def diagonal_weighted_sum(
         rows: [N, p], as are factors.
         row_weights: float32 [N].
         factors: None for ones.
-        out: float32 [p].
+        out: float32 [p], or float64: summed in float64 then.
         backend: who executes.
 
     Guarantees: a row of weight zero adds nothing, whatever it holds.
@@ -71,7 +71,7 @@ def diagonal_weighted_sum(
         _check.matrix(factors, "factors")
         _check.shape(factors, tuple(rows.shape), "factors")
     _check.flat_float(row_weights, "row_weights", len(rows))
-    _check.flat_float(out, "out", rows.shape[1])
+    _check.flat_sum(out, "out", rows.shape[1])
     chosen = choose(backend, rows, row_weights, factors, written=(out,))
     if chosen == "cpp":
         cpp_impl.diagonal_weighted_sum(rows, row_weights, factors, out)

@@ -166,7 +166,7 @@ def outer_sum(
 
     activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]; ``bias`` float32 [p], if
     given, gets ``sum_n w_n g_n`` on the way. A row of weight zero is not read, whatever it holds. The order of the
-    additions depends on the shapes alone.
+    additions depends on the shapes alone. A float64 ``out`` (and bias) is summed in float64.
     """
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")
@@ -174,7 +174,7 @@ def outer_sum(
     _check.flat_float(row_weights, "row_weights", len(activations))
     _check.shape(out, (output_grads.shape[1], activations.shape[1]), "out")
     if bias is not None:
-        _check.flat_float(bias, "bias", output_grads.shape[1])
+        _check.flat_sum(bias, "bias", output_grads.shape[1])
     chosen = choose(backend, activations, output_grads, row_weights, written=(out, bias))
     if chosen == "triton":
         from synthward.kernels.outer import triton_impl
@@ -187,8 +187,8 @@ def outer_sum(
         written(out, bias)
         return
     ones = (row_weights != 0).to(row_weights.dtype)
-    g = scale_rows(output_grads.float(), row_weights)
-    out.addmm_(g.t(), scale_rows(activations.float(), ones))
+    g = scale_rows(output_grads.to(out.dtype), row_weights)
+    out.addmm_(g.t(), scale_rows(activations.to(out.dtype), ones))
     if bias is not None:
         bias += g.sum(0)
 

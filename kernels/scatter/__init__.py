@@ -45,7 +45,8 @@ def scatter_sq_norms(
 def scatter_weighted_sum(
     ids: Tensor, output_grads: Tensor, row_weights: Tensor, *, out: Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """``out[id_n] += w_n g_n`` and return it; row_weights float32 [N], out float32 [V, p].
+    """``out[id_n] += w_n g_n`` and return it; row_weights float32 [N], out float32 [V, p], or float64:
+    summed in float64 then.
 
     Guarantees: a row of weight zero or of negative id adds nothing, whatever it holds.
 

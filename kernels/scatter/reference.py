@@ -26,4 +26,5 @@ def scatter_weighted_sum(ids: Tensor, output_grads: Tensor, row_weights: Tensor,
     if bool((ids >= len(out)).any()):
         raise ValueError("ids: name a row beyond the table")
     kept = ids >= 0
-    out.index_add_(0, ids[kept], scale_rows(output_grads[kept], row_weights[kept]).to(out.dtype))
+    rows = output_grads[kept].double() if out.dtype == torch.float64 else output_grads[kept]
+    out.index_add_(0, ids[kept], scale_rows(rows, row_weights[kept]).to(out.dtype))

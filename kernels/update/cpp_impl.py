@@ -22,8 +22,8 @@ def noisy_adam_(
     **options: Any,
 ) -> None:
     arrays = (view(param), view(summed_grad), view(exp_avg), view(exp_avg_sq))
-    options |= {"threads": threads(), **recipe_of(correlation)}
-    _C.noisy_adam(*arrays, **options)
+    options |= recipe_of(correlation)
+    _C.noisy_adam(*arrays, **options, threads=threads())
     written(param, summed_grad, exp_avg, exp_avg_sq, None if correlation is None else correlation.state)
 
 
@@ -36,6 +36,6 @@ def noisy_sgd_(
     **options: Any,
 ) -> None:
     arrays = (view(param), view(summed_grad), maybe_view(momentum_buffer))
-    options |= {"threads": threads(), **recipe_of(correlation)}
-    _C.noisy_sgd(*arrays, **options)
+    options |= recipe_of(correlation)
+    _C.noisy_sgd(*arrays, **options, threads=threads())
     written(param, summed_grad, momentum_buffer, None if correlation is None else correlation.state)

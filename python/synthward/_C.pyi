@@ -87,6 +87,23 @@ def add_gaussian_noise(
     gains: Sequence[float] = ...,
     state: _F | None = ...,
 ) -> None: ...
+def wide_normals(
+    radius: NDArray[np.uint64], angle: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def rounded_gaussian(
+    out: _L, key: bytes, stream: int, step: int, start: int, scale: float, threads: int
+) -> None: ...
+def discrete_release(
+    sums: NDArray[np.float64],
+    out: _F,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int,
+    grid: float,
+    noise_std: float,
+    threads: int,
+) -> None: ...
 def noisy_adam(
     param: _F,
     summed_grad: _F,

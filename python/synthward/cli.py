@@ -20,7 +20,20 @@ import typer
 from typer.main import get_command
 
 from synthward import __version__
-from synthward.commands import accounting, cohort, evaluate, fit, sample, schema, simulate
+from synthward.commands import (
+    accounting,
+    attest,
+    audit,
+    budget,
+    cohort,
+    evaluate,
+    fit,
+    sample,
+    schema,
+    simulate,
+    statement,
+    tune,
+)
 from synthward.commands.common import Interrupted
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 128 + signal.SIGINT
@@ -51,11 +64,17 @@ def _options(
 app.command("simulate")(simulate.simulate)
 app.command("schema")(schema.schema)
 app.command("fit")(fit.fit)
+app.command("tune")(tune.tune)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("statement")(statement.statement)
+app.command("audit")(audit.audit)
 app.command("cohort")(cohort.cohort)
 app.command("account")(accounting.account)
 app.command("ledger")(accounting.ledger)
+app.command("budget")(budget.budget)
+app.command("sign")(attest.sign)
+app.command("verify")(attest.verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from synthward.engine.accounting import Accountant, PoissonGaussianEvent, calibrate_noise, event_from_dict
+from synthward.engine.accounting import Accountant, Event, epsilon_of, event_from_dict
+from synthward.engine.accounting.calibrate import calibrate_noise_of
+from synthward.engine.accounting.events import StepsEvent
+from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
-from synthward.engine.errors import CheckpointError, ConfigError
+from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
 from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
@@ -35,11 +38,13 @@ _LEASE_STEPS = 100
 
 @dataclass
 class _Lease:
-    """What one module has leased of the ledger."""
+    """What one module has leased of the ledger, and the steps it took of a mechanism that is charged as a whole."""
 
     part: str
+    event: StepsEvent
     start: int = 0
     steps: int = 0
+    taken: int = 0
 
     def close(self, ledger: Ledger, step: int) -> None:
         """Give back what was not used by logical step `step`. A step before the lease (of a checkpoint loaded in
@@ -63,6 +68,11 @@ class PrivacyEngine:
     def __init__(
         self, accountant: str = "pld", *, ledger: Ledger | None = None, seed: int | None = None
     ) -> None:
+        if seed is not None and ledger is not None and ledger.is_private:
+            raise ConfigError(
+                "seed: the ledger says that its keys are secret, and noise from a seed is not; leave the seed out, or "
+                "create the ledger with private=False"
+            )
         self.accountant = Accountant(accountant)
         self.ledger, self._seed = ledger, seed
         self._sessions: list[PrivateSession] = []
@@ -83,6 +93,11 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
+        strategy: Strategy | None = None,
+        period: int = 1,
+        max_batch_size: int | None = None,
+        max_units: int | None = None,
+        arithmetic: str = "float",
         perf: PerfSpec | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
@@ -113,6 +128,13 @@ class PrivacyEngine:
                 if None.
             unit_ids: one integer id per row of the data set: the loader then draws whole units, and forward
                 and backward run under `with engine.units():`.
+            strategy: noise that is correlated over steps (`synthward.engine.correlation` makes strategies). Needs
+                Poisson sampling, and every batch of the loader in turn.
+            period: units fall into so many groups that take turns; no unit comes twice within `period` steps. The
+                batch is then ``sample_rate`` of one group.
+            max_batch_size, max_units: a draw of more units is cut to the first at random, for static shapes; the cost
+                follows from the second, a public bound on the number of units.
+            arithmetic: "discrete" releases integers on a grid, without any trace of floating-point sums (`NoiseSpec`).
             perf: how the step is computed: memory for norms, their method, what is kept and how (`PerfSpec`).
             grad_scaler: the scaler whose `scale(loss).backward()` and `step(optimizer)` the loop uses (fp16). Its
                 scale stays as it is: give it an `init_scale` at which gradients neither vanish nor overflow. A
@@ -122,7 +144,9 @@ class PrivacyEngine:
             ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
         """
         sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise_multiplier, sampling, perf)
+        sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
+        noise = NoiseSpec(noise_multiplier, strategy, arithmetic)
+        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
         return self._open(
             core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None, grad_scaler
         )
@@ -143,26 +167,32 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         expected_batch_size: float | None = None,
         unit_ids: Sequence[int] | Tensor | None = None,
+        strategy: Strategy | None = None,
+        period: int = 1,
+        max_batch_size: int | None = None,
+        max_units: int | None = None,
+        arithmetic: str = "float",
         perf: PerfSpec | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         """As `make_private`, with the least noise that keeps `epochs` passes within the target.
 
-        One pass is ``round(1 / q)`` steps. The step after the last one raises `BudgetExceededError`.
+        One pass is ``round(period / q)`` steps. The step after the last one raises `BudgetExceededError`.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ConfigError(f"epochs: got {epochs!r}; give a whole number of at least 1")
         sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        rate = sampling.sample_rate
-        steps = epochs * (max(1, round(1.0 / rate)) if poisson_sampling else len(data_loader))
-        noise = calibrate_noise(
+        sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
+        per_epoch = max(1, round(period / sampling.sample_rate)) if poisson_sampling else len(data_loader)
+        steps = epochs * per_epoch
+        multiplier = calibrate_noise_of(
+            lambda z: sampling.event(NoiseSpec(z, strategy, arithmetic), steps),
             target_epsilon,
             target_delta,
-            rate,
-            steps,
             self.accountant.kind,
-            other_events=self.accountant.events,
+            other_events=self._spent(),
         )
+        noise = NoiseSpec(multiplier, strategy, arithmetic)
         core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
         return self._open(
             core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps, grad_scaler
@@ -185,10 +215,16 @@ class PrivacyEngine:
 
     def get_epsilon(self, delta: float) -> float:
         """Epsilon spent so far at `delta`; infinite without noise. Reading it changes nothing."""
-        key = (self.accountant.events, delta)
+        events = self._spent()
+        key = (tuple(events), delta)
         if key not in self._epsilons:
-            self._epsilons = {key: self.accountant.epsilon(delta)}
+            self._epsilons = {key: epsilon_of(events, delta, self.accountant.kind)}
         return self._epsilons[key]
+
+    def _spent(self) -> list[Event]:
+        """What all modules took so far. Steps of one mechanism are no sum: they are one event for each module."""
+        whole = [lease.event.with_steps(lease.taken) for lease in self._leases if lease.taken]
+        return [*self.accountant.events, *whole]
 
     def save_checkpoint(self, path: Path | str) -> None:
         """Parameters, moments, step counter and spent budget of the module made private last, to one
@@ -200,17 +236,31 @@ class PrivacyEngine:
         session = self._session()
         if session.core.has_sum:
             raise CheckpointError("a step is under way; call optimizer.step() before save_checkpoint()")
-        info = {"events": [event.to_dict() for event in self.accountant.events], "kind": self.accountant.kind}
+        info = {"events": [event.to_dict() for event in self._spent()], "kind": self.accountant.kind}
+        if self.ledger is not None:
+            info["ledger_head"] = self.ledger.head
         save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Continue from `save_checkpoint`: the spent budget is added to this engine's own; keys are fresh
-        ones."""
+        ones.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another network.
+            LedgerError: this engine's ledger is not the one that the checkpoint was saved under, or is an older copy.
+        """
         session = self._session()
         tensors, info = load_checkpoint(path)
         if not isinstance(info.get("events"), list):
             raise CheckpointError(f"{path}: holds no spent budget")
+        head = info.get("ledger_head")
+        if head is not None and self.ledger is not None and not self.ledger.holds(head):
+            raise LedgerError(
+                f"{self.ledger.path}: does not hold the head that {path} names; lines were cut off, or it is another "
+                "ledger"
+            )
         events = [event_from_dict(event) for event in info["events"]]
+        session.core.source.check_may_go_back()
         session.discard()
         session.steps_done = restore_tensors(session.core, tensors)
         for event in events:
@@ -227,14 +277,19 @@ class PrivacyEngine:
             raise ConfigError("call make_private first")
         return self._sessions[-1]
 
-    def _charge(self, event: PoissonGaussianEvent, step: int, max_steps: int | None, lease: _Lease) -> None:
+    def _charge(self, event: StepsEvent, step: int, max_steps: int | None, lease: _Lease) -> None:
         """Write the step down before anything of it is released."""
         if self.ledger is not None and not self.ledger.covers(step, event, part=lease.part):
             lease.close(self.ledger, step)
             count = _LEASE_STEPS if max_steps is None else min(_LEASE_STEPS, max_steps - step)
             self.ledger.lease(event, step, count, part=lease.part)
             lease.start, lease.steps = step, count
-        self.accountant.compose(event)
+            # Counts this step as taken: a checkpoint loaded now may ask for it again.
+            self.ledger.covers(step, event, part=lease.part)
+        if event.is_one_mechanism:
+            lease.taken += 1
+        else:
+            self.accountant.compose(event)
 
     def _sampling(
         self,
@@ -270,7 +325,7 @@ class PrivacyEngine:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         clip: ClipSpec,
-        sigma: float,
+        noise: NoiseSpec,
         sampling: SamplingSpec,
         perf: PerfSpec | None,
     ) -> DPStep:
@@ -287,7 +342,6 @@ class PrivacyEngine:
             else KeySchedule.reproducible(self._seed + len(self._sessions))
         )
         self._keys = keys
-        noise = NoiseSpec(sigma)
         return DPStep(
             module,
             optimizer,
@@ -312,9 +366,11 @@ class PrivacyEngine:
         private_loader = None
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
-            private_loader = PoissonLoader(loader, sampling.sample_rate, self._keys.key("sampler"), ids)
-        lease = _Lease("" if self.ledger is None else self.ledger.new_part())
-        event = PoissonGaussianEvent(sampling.sample_rate, core.noise.noise_multiplier, 1)
+            private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids)
+        event = sampling.event(core.noise, 1)
+        lease = _Lease("" if self.ledger is None else self.ledger.new_part(), event)
+        if self.ledger is not None:
+            self.ledger.add_key(self._keys.key_id, private=self._keys.is_private, part=lease.part)
         session = PrivateSession(
             core,
             loss_reduction=loss_reduction,
@@ -331,6 +387,23 @@ class PrivacyEngine:
             PrivateOptimizer(session, core.optimizer),
             loader if private_loader is None else private_loader,
         )
+
+
+def _grouped(
+    sampling: SamplingSpec,
+    poisson: bool,
+    strategy: Strategy | None,
+    period: int,
+    max_batch_size: int | None,
+    max_units: int | None,
+) -> SamplingSpec:
+    """The sampling with its groups and cap, which only the engine's own loader can keep to."""
+    if not poisson and (strategy is not None or period != 1 or max_batch_size is not None):
+        raise ConfigError(
+            "poisson_sampling: strategy, period and max_batch_size need the engine's own draws; leave them out, or "
+            "poisson_sampling as it is"
+        )
+    return replace(sampling, period=period, max_batch_size=max_batch_size, max_units=max_units)
 
 
 def _clip(max_grad_norm: float, clipping: str | ClipSpec) -> ClipSpec:

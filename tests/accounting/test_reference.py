@@ -14,8 +14,12 @@ from scipy.stats import norm
 
 from synthward.engine.accounting import (
     Accountant,
+    CyclicPoissonGaussianEvent,
+    FixedSizeGaussianEvent,
     GaussianEvent,
+    LaplaceEvent,
     PoissonGaussianEvent,
+    TruncatedPoissonGaussianEvent,
     calibrate_noise,
     calibrate_sample_rate,
     calibrate_steps,
@@ -64,18 +68,84 @@ def test_reference_calibrations(reference):
             assert epsilon_of([event], case["delta"], kind) <= case["target_epsilon"]
 
 
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_reference_rows_of_other_kinds(reference):
+    """Replace-one, truncated, cyclic, fixed-size, mixed and published rows."""
+    close = {"rel": 1e-6}
+    for case in reference["replace_one"]:
+        found = epsilon_of([event_of(case)], case["delta"], "pld", "replace_one")
+        assert found == pytest.approx(case["epsilon_pld"], **close)
+    for case in reference["truncated_poisson"]:
+        cut = TruncatedPoissonGaussianEvent(
+            case["sample_rate"],
+            case["noise_multiplier"],
+            case["steps"],
+            case["truncated_batch_size"],
+            case["dataset_size"],
+        )
+        assert epsilon_of([cut], case["delta"]) == pytest.approx(case["epsilon_pld"], **close)
+    [case] = reference["banded_mf_cyclic_poisson"]
+    banded = CyclicPoissonGaussianEvent(
+        case["sample_rate_within_group"], case["noise_multiplier"], case["bands"], case["steps"]
+    )
+    assert banded.rounds == case["rounds"]
+    assert epsilon_of([banded], case["delta"]) == pytest.approx(case["epsilon_pld"], **close)
+    [case] = reference["fixed_size_without_replacement"]
+    fixed = FixedSizeGaussianEvent(
+        case["dataset_size"], case["batch_size"], case["noise_multiplier"], case["steps"]
+    )
+    found = epsilon_of([fixed], case["delta"], "rdp", "replace_one")
+    assert found == pytest.approx(case["epsilon_rdp_correct"], **close)
+    assert found >= case["epsilon_true_at_least"] > case["epsilon_rdp_library_as_is_WRONG"]
+    for case in reference["heterogeneous"]:
+        events = [part_of(*part) for part in case["parts"]]
+        assert epsilon_of(events, case["delta"]) == pytest.approx(case["epsilon_pld"], **close)
+        assert epsilon_of(events, case["delta"], "rdp") >= case["epsilon_pld"]
+    for case in reference["published"]:
+        for kind in ("pld", "rdp"):
+            found = epsilon_of([event_of(case)], case["delta"], kind)
+            assert found == pytest.approx(case[f"epsilon_{kind}"], **close)
+
+
+def part_of(kind, noise, *rest):
+    if kind == "sgd":
+        return PoissonGaussianEvent(rest[0], noise, rest[1])
+    return {"gauss": GaussianEvent, "laplace": LaplaceEvent}[kind](noise, *rest)
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_reference_rows_where_the_grid_shows(reference):
+    for case in reference["delicate"]["cases"]:
+        most = 1.0001 * max(case["epsilon_pld"], case["epsilon_pld_grid_1e-5"])
+        found = epsilon_of([event_of(case)], case["delta"])
+        assert case["epsilon_prv_low_est_high"][0] <= found <= most
+
+
 def gaussian_epsilon(mu, delta):
     """Closed form of the Gaussian mechanism (Balle & Wang 2018, theorem 8)."""
     return brentq(
-        lambda e: norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu) - delta, 1e-9, 200
+        lambda e: norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu) - delta,
+        1e-9,
+        200,
+        xtol=1e-12,
+        rtol=1e-12,
     )
 
 
-@pytest.mark.parametrize(("noise", "steps"), [(10.0, 100), (5.0, 1), (2.0, 3)])
-def test_full_participation_is_the_closed_form(noise, steps):
-    expected = gaussian_epsilon(math.sqrt(steps) / noise, 1e-6)
-    assert epsilon_of([PoissonGaussianEvent(1.0, noise, steps)], 1e-6) == pytest.approx(expected, rel=1e-5)
-    assert epsilon_of([GaussianEvent(noise, steps)], 1e-6) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(
+    ("noise", "steps", "delta"),
+    [(10.0, 100, 1e-6), (5.0, 1, 1e-6), (2.0, 3, 1e-6), (1.0, 1, 1e-5), (30.0, 40, 1e-8), (4.0, 100, 1e-9)],
+)
+def test_full_participation_is_the_closed_form(noise, steps, delta):
+    expected = gaussian_epsilon(math.sqrt(steps) / noise, delta)
+    for event in (GaussianEvent(noise, steps), PoissonGaussianEvent(1.0, noise, steps)):
+        assert epsilon_of([event], delta) == pytest.approx(expected, rel=1e-6)
+        assert epsilon_of([event], delta) >= expected * (1 - 1e-9)
+    replaced = gaussian_epsilon(2.0 * math.sqrt(steps) / noise, delta)
+    found = epsilon_of([GaussianEvent(noise, steps)], delta, "pld", "replace_one")
+    assert found == pytest.approx(replaced, rel=1e-6)
 
 
 def test_queries_and_steps_compose_as_in_the_library():
@@ -146,8 +216,8 @@ def test_a_delta_that_is_none_is_refused(bad):
 
 
 def test_other_relations_and_unknown_accountants_are_refused_by_name():
-    with pytest.raises(ConfigError, match="replace_one"):
-        Accountant("rdp", relation="replace_one")
+    with pytest.raises(ConfigError, match="swap_two"):
+        Accountant("rdp", relation="swap_two")
     with pytest.raises(ConfigError, match="moments"):
         Accountant("moments")
 

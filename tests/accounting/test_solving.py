@@ -78,7 +78,17 @@ def test_the_rdp_accountant_is_silent(caplog):
 @pytest.mark.slow
 def test_account_answers_and_solves():
     answer = account(1.5, 0.02, 200, delta=1e-5)
-    assert list(answer) == ["epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "accountant"]
+    named = [
+        "epsilon",
+        "delta",
+        "noise_multiplier",
+        "sample_rate",
+        "steps",
+        "accountant",
+        "relation",
+        "sampling",
+    ]
+    assert list(answer) == named
     target = answer["epsilon"]
     given = {"noise_multiplier": 1.5, "sample_rate": 0.02, "steps": 200}
     for name, value in given.items():

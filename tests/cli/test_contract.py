@@ -14,7 +14,22 @@ import pytest
 
 from tests.commandline import Outcome, command, environment
 
-COMMANDS = ("simulate", "schema", "fit", "sample", "evaluate", "cohort", "account", "ledger")
+COMMANDS = (
+    "simulate",
+    "schema",
+    "fit",
+    "tune",
+    "sample",
+    "evaluate",
+    "statement",
+    "audit",
+    "cohort",
+    "account",
+    "ledger",
+    "budget",
+    "sign",
+    "verify",
+)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from synthward.engine.errors import ConfigError
 from synthward.engine.loader import PoissonLoader
+from synthward.engine.spec import SamplingSpec
 
 KEY = bytes(range(32))
 
@@ -23,7 +24,7 @@ class Records(Dataset):
 
 
 def test_batches_of_dictionaries_with_none_drawn():
-    loader = PoissonLoader(DataLoader(Records(), batch_size=1), 1 / 60, KEY, None)
+    loader = PoissonLoader(DataLoader(Records(), batch_size=1), SamplingSpec(1 / 60, 1.0), KEY, None)
     sizes = set()
     for _ in range(4):
         for batch in loader:
@@ -36,7 +37,7 @@ def test_batches_of_dictionaries_with_none_drawn():
 
 def test_an_epoch_is_the_public_rate_and_epochs_differ():
     dataset = TensorDataset(torch.arange(40))
-    loader = PoissonLoader(DataLoader(dataset, batch_size=4), 0.1, KEY, None)
+    loader = PoissonLoader(DataLoader(dataset, batch_size=4), SamplingSpec(0.1, 4.0), KEY, None)
     assert len(loader) == 10
     epochs = [[batch[0].tolist() for batch in loader] for _ in range(2)]
     assert len(epochs[0]) == len(epochs[1]) == 10 and epochs[0] != epochs[1]
@@ -47,7 +48,9 @@ def test_the_draw_of_a_batch_is_known_when_it_is_handed_out(workers):
     """Workers fetch ahead; the record of the draw stays with its batch."""
     ids = torch.arange(40) // 4
     dataset = TensorDataset(torch.arange(40), ids)
-    loader = PoissonLoader(DataLoader(dataset, batch_size=4, num_workers=workers), 0.2, KEY, ids.numpy())
+    loader = PoissonLoader(
+        DataLoader(dataset, batch_size=4, num_workers=workers), SamplingSpec(0.2, 4.0), KEY, ids.numpy()
+    )
     seen = []
     for rows, units in loader:
         assert loader.draw.rows == len(rows) and loader.draw.unit_ids.tolist() == units.tolist()
@@ -77,4 +80,4 @@ class Endless(IterableDataset):
 )
 def test_loaders_that_poisson_sampling_cannot_stand_in_for(loader):
     with pytest.raises(ConfigError, match="data_loader"):
-        PoissonLoader(loader, 0.5, KEY, None)
+        PoissonLoader(loader, SamplingSpec(0.5, 1.0), KEY, None)

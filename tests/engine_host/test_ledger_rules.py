@@ -77,7 +77,7 @@ def test_a_forked_process_can_neither_use_nor_write_the_ledger(path):
     """Both would take the steps that one line pays for."""
     with create(path) as ledger:
         ledger.lease(STEP, 0, 10)
-        ledger._pid -= 1  # what a fork sees: another process opened it
+        ledger._chain._pid -= 1  # what a fork sees: another process opened it
         assert not ledger.covers(0, STEP)
         with pytest.raises(LedgerError, match="fork"):
             ledger.append_event(QUERY, note="")

@@ -13,12 +13,14 @@ from synthward.kernels import (
     cpu_isa,
     diagonal_sq_norms,
     diagonal_weighted_sum,
+    discrete_release_,
     force_isa,
     gaussian_noise,
     noisy_adam_,
     noisy_sgd_,
     outer_sq_norms,
     outer_weighted_sum,
+    rounded_gaussian,
     scale_rows,
     scatter_sq_norms,
     scatter_weighted_sum,
@@ -31,6 +33,7 @@ IDS = torch.zeros(4, dtype=torch.int64)
 PLACE = {"key": KEY, "stream": 0, "step": 0}
 UPDATE = {**PLACE, "noise_std": 1.0, "grad_scale": 1.0, "lr": 0.1, "weight_decay": 0.0}
 ADAM = {**UPDATE, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decoupled": False, "adam_step": 1}
+RELEASE = {**PLACE, "grid": 0.25, "noise_std": 1.0}
 SGD = {**UPDATE, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "first_step": True}
 
 
@@ -40,6 +43,11 @@ def adam(**changes):
 
 def sgd(**changes):
     return noisy_sgd_(torch.zeros(5), torch.zeros(5), torch.zeros(5), **{**SGD, **changes})
+
+
+def release(sums=None, out=None, **changes):
+    sums = torch.zeros(5, dtype=torch.float64) if sums is None else sums
+    return discrete_release_(sums, torch.zeros(5) if out is None else out, **{**RELEASE, **changes})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,29 @@ def sgd(**changes):
             lambda: add_gaussian_noise_(torch.zeros(3), **PLACE, noise_std=float("nan")),
         ),
         (ValueError, "noise_std", lambda: adam(noise_std=float("inf"))),
+        (TypeError, "sums", lambda: release(torch.zeros(5))),
+        (ValueError, "sums", lambda: release(torch.zeros(5, 1, dtype=torch.float64))),
+        (TypeError, "out", lambda: release(out=torch.zeros(5, dtype=torch.float64))),
+        (ValueError, "out", lambda: release(out=torch.zeros(4))),
+        (ValueError, "key", lambda: release(key=bytes(31))),
+        (ValueError, "stream", lambda: release(stream=2**15)),
+        (ValueError, "start", lambda: release(start=2**63 - 5)),
+        (ValueError, "grid", lambda: release(grid=0.3)),
+        (ValueError, "grid", lambda: release(grid=0.0)),
+        (ValueError, "grid", lambda: release(grid=-0.25)),
+        (ValueError, "grid", lambda: release(grid=float("nan"))),
+        (ValueError, "grid", lambda: release(grid=2.0**-101)),
+        (ValueError, "grid", lambda: release(grid=2.0**61)),
+        (TypeError, "grid", lambda: release(grid=None)),
+        (ValueError, "noise_std", lambda: release(noise_std=float("inf"))),
+        (ValueError, "noise_std", lambda: release(noise_std=float("nan"))),
+        (ValueError, "noise_std", lambda: release(noise_std=-1.0)),
+        (ValueError, "noise_std", lambda: release(noise_std=0.0156)),
+        (ValueError, "noise_std", lambda: release(noise_std=2.0**39)),
+        (TypeError, "noise_std", lambda: release(noise_std=None)),
+        (ValueError, "scale", lambda: rounded_gaussian(3, **PLACE, scale=2.0**41)),
+        (ValueError, "scale", lambda: rounded_gaussian(3, **PLACE, scale=float("nan"))),
+        (ValueError, "count", lambda: rounded_gaussian(-1, **PLACE, scale=1.0)),
         (ValueError, "noise_std", lambda: adam(noise_std=1e-46)),
         (TypeError, "noise_std", lambda: adam(noise_std=None)),
         (ValueError, "stream", lambda: adam(stream=2**15)),
@@ -107,7 +138,7 @@ def sgd(**changes):
 def test_refused(error, name, call, backend, monkeypatch):
     """The same with and without the compiled kernels: the check comes before the choice."""
     if backend == "reference":
-        monkeypatch.setattr("synthward.kernels._select._fits", lambda tensor: False)
+        monkeypatch.setattr("synthward.kernels._select._fits", lambda *_: False)
     with pytest.raises(error, match=rf"^{name}: "):
         call()
 
@@ -121,6 +152,15 @@ def test_buffers_of_an_update_may_not_overlap(which):
     with pytest.raises(ValueError, match="overlaps"):
         noisy_adam_(*tensors, **ADAM)
     assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_is_released_may_not_overlap_the_sums(backend):
+    memory = torch.ones(5, dtype=torch.float64)
+    for out in (memory.view(torch.float32)[:5], memory.view(torch.float32)[5:]):
+        with pytest.raises(ValueError, match="out: overlaps"):
+            release(memory, out, backend=backend)
+    assert torch.equal(memory, torch.ones(5, dtype=torch.float64))
 
 
 def test_outputs_may_not_overlap_inputs():

@@ -361,7 +361,7 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], object]]] = [
 def test_refused(error, name, call, backend, monkeypatch):
     """The same with and without the compiled kernels: the check comes before the choice."""
     if backend == "reference":
-        monkeypatch.setattr("synthward.kernels._select._fits", lambda tensor: False)
+        monkeypatch.setattr("synthward.kernels._select._fits", lambda *_: False)
     with pytest.raises(error, match=rf"^{name}: "):
         call()
 

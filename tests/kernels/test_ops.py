@@ -36,6 +36,7 @@ CALLS = {
     "scatter_sq_norms": (IDS, G, None, zeros(6)),
     "scatter_weighted_sum": (IDS, G, WEIGHTS, zeros(3, 7)),
     "add_gaussian_noise_": (zeros(9), *NOISE),
+    "discrete_release_": (zeros(9).double(), zeros(9), KEY, 1, 5, 3, 0.125, 0.75),
     "noisy_adam_": (
         zeros(9),
         zeros(9),

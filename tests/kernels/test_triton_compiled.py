@@ -57,6 +57,15 @@ def test_noise_and_updates_are_unfused_and_rounded_as_on_the_cpu(listings):
     assert any(case["fused_fp32"] for name in (*MULTIPLYING, *CONVOLVING) for case in listings[name])
 
 
+def test_integer_noise_is_products_and_sums_of_doubles(listings):
+    """The same integers as on the CPU, and nothing whose time could depend on them."""
+    for name in ("_rounded_kernel", "_release_kernel"):
+        assert not [case for case in listings[name] if case["fused_fp64"] or case["divides"]], name
+    # The same looks find both where they are.
+    assert any(case["fused_fp64"] for cases in listings.values() for case in cases)
+    assert all(case["divides"] for case in listings["_noise_kernel"])
+
+
 def test_sums_of_normalisations_are_of_doubles(listings):
     """Nor is the only division, by the number of elements, one of floats."""
     for name in ("_row_sums_kernel", "_row_coefficients_kernel", "_layer_norm_units_kernel"):

@@ -21,7 +21,7 @@ MODULES = [
     "_triton",
     *(
         f"{name}.triton_impl"
-        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "update")
+        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "discrete", "update")
     ),
 ]
 BF16 = dict.fromkeys(("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr"), "*bf16")
@@ -36,9 +36,11 @@ TAKE_X = {
     ),
 }
 POINTERS = {
-    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr", "integers_ptr"), "*i64"),
     **dict.fromkeys(("slots_ptr", "out_words_ptr"), "*i32"),
-    **dict.fromkeys(("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr"), "*fp64"),
+    **dict.fromkeys(
+        ("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr", "release_ptr"), "*fp64"
+    ),
 }
 FLOATS = {
     *(
@@ -139,6 +141,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         *({"GROUPS": 4, "FILL": False, **kept, "num_warps": 2} for kept in (TAPS, {})),
     ],
     "_words_kernel": [{"BLOCKS": 64}],
+    "_rounded_kernel": [{"GROUPS": 4, "num_warps": 2}],
+    "_release_kernel": [{"GROUPS": 4, "num_warps": 2}],
     "_adam_kernel": [
         {"GROUPS": 4, "CORRECTED": False, **PLAIN, "num_warps": 2},
         {"GROUPS": 4, "CORRECTED": True, **TAPS, "num_warps": 2},
@@ -193,6 +197,8 @@ def compiled(name: str, kernel: Any, case: dict[str, Any], operands: dict[str, s
             set(re.findall(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx)\S*", text))
         ),
         "fused_fp32": bool(re.search(r"\bfma\.\S*f32", text)),
+        "fused_fp64": bool(re.search(r"\bfma\.\S*f64", text)),
+        "divides": bool(re.search(r"\b(?:div|rcp|sqrt|rsqrt)\.\S*f\d", text)),
         "atomic": bool(re.search(r"\b(?:atom|red)\.", text)),
     }
 

@@ -9,6 +9,7 @@ CONV = "tests/kernels/test_conv.py::"
 SUMS = "tests/kernels/test_sums.py::"
 NORMS = "tests/kernels/test_norms.py::"
 NOISE = "tests/kernels/test_noise.py::"
+DISCRETE = "tests/kernels/test_discrete.py::"
 UPDATE = "tests/kernels/test_update.py::"
 CORRELATED = "tests/kernels/test_correlated.py::"
 NORMALIZE = "tests/kernels/test_normalize.py::"
@@ -352,6 +353,42 @@ COMPILED = [
         "for (int64_t i = 0; i < n; ++i) slot[i] = gain * w[i];",
         "for (int64_t i = 0; i < n; ++i) slot[i] *= gain;",
         (CORRELATED + "test_it_is_the_white_noise_through_the_inverse_matrix[baseline-banded-257-0]",),
+    ),
+    # csrc/core/discrete.inl
+    Mutant(
+        "integer noise of a small radius loses digits",
+        "csrc/core/discrete.inl",
+        "choose_lanes((vl)(biased == 1024u + 64u), below_one, m - 1.0)",
+        "choose_lanes((vl)(biased == 1024u + 65u), below_one, m - 1.0)",
+        (DISCRETE + "test_normals_are_exact_to_fifty_bits",),
+    ),
+    Mutant(
+        "integer noise has the words of float32 noise",
+        "csrc/core/discrete.inl",
+        "counter = DISCRETE_BIT | (",
+        "counter = (",
+        (DISCRETE + "test_integers_follow_the_documented_layout[baseline-100]",),
+    ),
+    Mutant(
+        "a sum that is no number is released as it comes",
+        "csrc/core/discrete.inl",
+        "  x = (vd)((vl)x & (vl)(x == x));\n",
+        "",
+        (DISCRETE + "test_large_sums_are_exact_up_to_the_cut[baseline]",),
+    ),
+    Mutant(
+        "a sum far below zero is not cut off",
+        "csrc/core/discrete.inl",
+        "  x = choose_lanes((vl)(x < -most), -most, x);\n",
+        "",
+        (DISCRETE + "test_large_sums_are_exact_up_to_the_cut[baseline]",),
+    ),
+    Mutant(
+        "the last sums of a run are not released",
+        "csrc/core/discrete.inl",
+        "    if (i < n) release_lanes(args, at + i, k + i, n - i);\n",
+        "",
+        (DISCRETE + "test_a_release_is_the_rounded_sum_and_the_noise[baseline-1.0-3.0-129]",),
     ),
     # csrc/core/product.inl
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.privacy.mutants import Mutant
+from tests.privacy.mutants_queries import QUERIES
 
 CLIP = "tests/engine/test_clip_factors.py::"
 EXACT = "tests/engine/test_exact.py::"
@@ -20,6 +21,7 @@ OWN_PART = SENSITIVITY + "test_the_moved_part_is_the_unit_s_own_clipped_gradient
 SILENT_STEP = NOISE + "test_a_step_without_any_physical_batch_still_adds_the_whole_noise"
 
 PYTHON = [
+    *QUERIES,
     Mutant(
         "the clip turned round",
         "engine/clipping.py",
@@ -215,16 +217,16 @@ PYTHON = [
     ),
     Mutant(
         "noise that ignores C",
-        "engine/spec.py",
-        "return self.noise_multiplier * clip.sensitivity()",
-        "return self.noise_multiplier",
+        "engine/step.py",
+        "std = bound * (self.noise",
+        "std = (self.noise",
         (SILENT_STEP,),
     ),
     Mutant(
         "the same noise in each step",
-        "engine/step.py",
-        "        self._noise_step += 1\n",
-        "",
+        "engine/noise.py",
+        "self._released, self._is_open = step + 1, True",
+        "self._released, self._is_open = step, True",
         (NOISE + "test_steps_do_not_share_noise",),
     ),
     Mutant(

@@ -7,6 +7,7 @@ from tests.privacy.mutants import Mutant
 TESTS = "tests/kernels/test_triton.py::"
 NOISE = "tests/kernels/test_triton_noise.py::"
 CORRELATED = "tests/kernels/test_triton_correlated.py::"
+DISCRETE = "tests/kernels/test_triton_discrete.py::"
 OUTER = "kernels/outer/triton_impl.py"
 DIAGONAL = "kernels/diagonal/triton_impl.py"
 SCATTER = "kernels/scatter/triton_impl.py"
@@ -202,6 +203,20 @@ TRITON = [
         "inside = (i >= 0) & (i < count)",
         "inside = (i > 0) & (i < count)",
         (NOISE + "test_normals_are_those_of_the_cpu_bit_for_bit[100-1500]",),
+    ),
+    Mutant(
+        "integer noise: the last digit of the angle",
+        "kernels/discrete/triton_impl.py",
+        "* 3.4061215800865545e-19",
+        "* 3.406121580086556e-19",
+        (DISCRETE + "test_integers_are_those_of_the_cpu[1099511627776.0-0-8000]",),
+    ),
+    Mutant(
+        "integer noise: the last sum is not released",
+        "kernels/discrete/triton_impl.py",
+        "        inside = (i >= 0) & (i < count)\n",
+        "        inside = (i >= 0) & (i < count - 1)\n",
+        (DISCRETE + "test_releases_are_those_of_the_cpu[1.0-0.0-127]",),
     ),
     Mutant(
         "Adam: the last element is not updated",

@@ -13,9 +13,10 @@ import pytest
 
 from synthward.engine.errors import OutputError, PrivacyError
 from synthward.evaluate import evaluate_records
-from synthward.report import BADGE, NOT_PRIVATE, render_report, save_overview_png
+from synthward.report import BADGE, NOT_PRIVATE, facts_of_result, render_report, save_overview_png
+from synthward.report.numbers import format_epsilon
 from synthward.report.settings import settings_table
-from synthward.report.statement import format_epsilon, write_statement
+from synthward.report.statement import write_statement
 from tests.invented import as_records, make_records, make_schema
 
 SCHEMA = make_schema()
@@ -33,6 +34,7 @@ SETTINGS = {
     "steps": 1234,
     "data": "/ward/records.csv",
     "holdout_salt": "tell-nobody",
+    "holdout_fraction": 0.2,
     "plan": {"max_grad_norm": 0.75, "train_rows": 6318},
     "model": {"width": 96},
     "loss_history": {"last": 0.123321},
@@ -94,10 +96,10 @@ def test_nothing_is_loaded_from_elsewhere(result, tmp_path, releasable):
 
 def test_sections_of_real_records_carry_the_badge(result, tmp_path):
     text = render(result, tmp_path)
-    sections = re.findall(r'<section id="(\w+)"( class="real")?>(.*?)</section>', text, re.DOTALL)
+    sections = re.findall(r'<section id="([\w-]+)"( class="real")?>(.*?)</section>', text, re.DOTALL)
     marked = {name for name, real, _ in sections if real}
     assert marked == {"summary", "utility", "marginals", "pairs", "copies", "ingest"}
-    assert {name for name, _, _ in sections} - marked == {"privacy", "settings"}
+    assert {name for name, _, _ in sections} - marked == {"privacy", "model-card", "datasheet", "settings"}
     for _, real, body in sections:
         assert (BADGE in body.replace("&#39;", "'")) == bool(real)
 
@@ -117,7 +119,7 @@ def test_the_report_shows_what_it_must(result, tmp_path):
 def test_a_released_report_holds_nothing_of_the_real_records(result, tmp_path):
     text = render(result, tmp_path, releasable=True)
     page = Page(text)
-    assert 'class="real"' not in text and "custodian" not in text
+    assert 'class="real"' not in text and BADGE not in text.replace("&#39;", "'")
     found = result.comparison
     numbers = [n for n in found.sizes.values()] + [731, 913]
     telling = [str(n) for n in numbers] + [f"{n:,}" for n in numbers]
@@ -241,16 +243,18 @@ def test_the_statement_never_understates(result):
     assert format_epsilon(3.0000000000000004) == "3"
     assert format_epsilon(math.inf) == "infinite"
     row = dataclasses.replace(result, privacy=PRIVACY | {"unit": None, "epsilon": 1.0, "delta": 3e-6})
-    text = " ".join(write_statement(row).meaning)
+    statement = write_statement(facts_of_result(row))
+    text = " ".join(statement.sections[0].paragraphs)
     assert "2.72 times" in text and "1 in 333,333" in text and "73.2 %" in text
-    assert "row" in write_statement(row).headline
+    assert "row" in statement.headline
     replaced = dataclasses.replace(
         result, privacy=PRIVACY | {"relation": "replace_one", "assumptions": ["Yes."]}
     )
-    statement = write_statement(replaced)
-    assert "in their place" in statement.meaning[0]
-    assert any("replace one" in text for _, text in statement.definition)
+    statement = write_statement(facts_of_result(replaced))
+    assert "in their place" in statement.sections[0].paragraphs[0]
+    assert any("replace one" in fact.value for fact in statement.sections[1].table)
     assert statement.assumptions[-1] == "Yes."
+    assert not any("is treated as private" in text for text in statement.assumptions)
 
 
 def test_released_settings_are_those_known_to_be_choices():
@@ -260,6 +264,7 @@ def test_released_settings_are_those_known_to_be_choices():
         "steps": "1234",
         "plan.max_grad_norm": "0.75",
         "model.width": "96",
+        "holdout_fraction": "0.2",
     }
     everything = dict(settings_table(SETTINGS, releasable=False))
     assert everything["plan.train_rows"] == "6318"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, budget_line, emit, interruptible
+from synthward.commands.common import Json, budget_line, emit, interruptible, remark
 
 
 @interruptible("run the command again")
@@ -27,10 +27,33 @@ def account(
         ),
     ] = None,
     accountant: Annotated[str, typer.Option("--accountant", help="pld, rdp or prv.")] = "pld",
+    relation: Annotated[
+        str, typer.Option("--relation", help="Neighbours: add_or_remove_one or replace_one.")
+    ] = "add_or_remove_one",
+    sampling: Annotated[
+        str,
+        typer.Option(
+            "--sampling",
+            help="poisson, truncated (static batch), cyclic (banded noise) or none (no amplification).",
+        ),
+    ] = "poisson",
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch-size", help="truncated: largest batch; chosen with head-room if not given."
+        ),
+    ] = None,
+    max_units: Annotated[
+        int | None, typer.Option("--max-units", help="truncated: public upper bound of the number of units.")
+    ] = None,
+    period: Annotated[
+        int | None, typer.Option("--period", "--bands", help="cyclic: groups of units, and most bands.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Epsilon of a DP-SGD run, or the noise, rate or steps that a target epsilon allows."""
     from synthward.commands.account import account as solve
+    from synthward.commands.account import head_room_line
     from synthward.engine.errors import ConfigError
 
     if delta is None:
@@ -42,21 +65,30 @@ def account(
         delta=delta,
         target_epsilon=target_epsilon,
         accountant=accountant,
+        relation=relation,
+        sampling=sampling,
+        max_batch_size=max_batch_size,
+        max_units=max_units,
+        period=period,
     )
+    if (line := head_room_line(result)) is not None:
+        remark(line)
     emit(result, _lines(result), as_json=json)
 
 
 @interruptible("run the command again")
 def ledger(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run, or its ledger file.")],
     json: Json = False,
 ) -> None:
-    """Verify a run's ledger and show what was spent."""
-    from synthward.commands.ledger import show_ledger
+    """Verify a run's ledger and show what was spent; from the ledger alone."""
+    from synthward.commands.ledger import event_table, show_ledger
 
     result = show_ledger(run)
     budget = budget_line(result["epsilon"], result["delta"], result["unit"], private=result["private"])
-    emit(result, [*_lines(result), budget], as_json=json)
+    facts = {name: value for name, value in result.items() if name != "events"}
+    lines = [*_lines(facts), "events:", *(f"  {line}" for line in event_table(result["events"])), budget]
+    emit(result, lines, as_json=json)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

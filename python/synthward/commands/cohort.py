@@ -181,7 +181,8 @@ def _work(
             holdout=None,
             synthetic=cohort,
             releasable=False,
-            overwrite=False,
+            # Nothing is lost: without its report, the documents beside it are of a report that is gone.
+            overwrite=True,
             progress=progress,
         )
         job.results[report.name] = facts["summary"]

@@ -53,7 +53,11 @@ def evaluate(
         )
     result["seconds"] = round(time.perf_counter() - begin, 1)
     budget = budget_line(result["epsilon"], result["delta"], result["unit"], private=result["private"])
-    emit(result, [*summary_lines(result), budget, f"report: {out}"], as_json=json)
+    emit(
+        result,
+        [*summary_lines(result), budget, f"report: {out}", f"documents: {result['documents']}"],
+        as_json=json,
+    )
 
 
 def write_report(
@@ -72,17 +76,20 @@ def write_report(
     from synthward.engine import Ledger
     from synthward.engine.accounting import epsilon_curve
     from synthward.evaluate import evaluate_records
-    from synthward.report import render_report
+    from synthward.report import documents_path, read_facts, render_report, save_documents, write_documents
     from synthward.report.write import refuse_existing
     from synthward.run import RunFolder
 
     folder = RunFolder(run)
     refuse_existing(out, overwrite)
-    schema, info = folder.schema, folder.info
+    refuse_existing(documents_path(out), overwrite)
+    schema, info, known = folder.schema, folder.info, read_facts(run)
     spent = spent_budget(folder)
     with Ledger.open(folder.ledger_path, readonly=True) as ledger:
-        curve = epsilon_curve(ledger.events(), info["delta"], CURVE_POINTS, info["accountant"])
-        head = ledger.head
+        header, head = ledger.header, ledger.head
+        curve = epsilon_curve(
+            ledger.events(), header["delta"], CURVE_POINTS, header["accountant"], header["relation"]
+        )
     with _counting(progress, "read") as count:
         train = read_records(real, schema, progress=count)
     split = info["holdout"]
@@ -108,8 +115,14 @@ def write_report(
         )
     finally:
         task.close()
-    render_report(result, out, releasable=releasable, overwrite=overwrite)
-    facts = {"report": out, "run": folder.path, "releasable": releasable, **spent}
+    documents = save_documents(write_documents(known), documents_path(out), overwrite=overwrite)
+    try:
+        render_report(result, out, facts=known, releasable=releasable, overwrite=overwrite)
+    except BaseException:
+        # Both files or none: the documents are of the report beside them.
+        documents.unlink(missing_ok=True)
+        raise
+    facts = {"report": out, "documents": documents, "run": folder.path, "releasable": releasable, **spent}
     if not releasable:
         facts |= {"custodian_only": True, "summary": result.summary()}
     return facts

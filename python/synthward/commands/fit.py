@@ -48,7 +48,27 @@ def fit(
     max_grad_norm: Annotated[
         float | None, typer.Option("--max-grad-norm", help="Clipping bound of a unit's gradient.")
     ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise",
+            help="independent, or correlated over steps: banded, blt, banded-inverse [independent].",
+        ),
+    ] = None,
+    bands: Annotated[int | None, typer.Option("--bands", help="Bands of correlated noise [8].")] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option("--arithmetic", help="float, or discrete: integer releases, slower [float]."),
+    ] = None,
+    max_units: Annotated[
+        int | None,
+        typer.Option("--max-units", help="Public bound on the number of units: batches of one static size."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate")] = None,
+    budget: Annotated[
+        Path | None,
+        typer.Option("--budget", help="Budget file of the records: the run's cost is reserved there first."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the generator.")
     ] = None,
@@ -72,6 +92,10 @@ def fit(
         "physical_batch_size": physical_batch_size,
         "max_grad_norm": max_grad_norm,
         "holdout": holdout,
+        "noise": noise,
+        "bands": bands,
+        "arithmetic": arithmetic,
+        "max_units": max_units,
     }
     options = FitOptions(
         generator=generator,
@@ -92,6 +116,7 @@ def fit(
             options=options,
             resume=resume,
             overwrite=overwrite,
+            budget_file=budget,
             progress=progress,
         )
     spent = spent_budget(folder)
@@ -126,10 +151,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 def spent_budget(folder: Any) -> dict[str, Any]:
     """What the run's ledger says was spent, beside the plan that it was spent on."""
-    from synthward.engine import Ledger
-
     info = folder.info
-    with Ledger.open(folder.ledger_path, readonly=True) as ledger:
+    with folder.open_ledger(readonly=True) as ledger:
         epsilon = ledger.epsilon(info["delta"], info["accountant"])
     keys = ("run_id", "generator", "delta", "unit", "accountant", "private", "steps", "sample_rate")
     plan = {key: info[key] for key in (*keys, "noise_multiplier")}

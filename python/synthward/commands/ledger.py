@@ -19,8 +19,8 @@ def show_ledger(run: Path) -> dict[str, Any]:
         run: a run folder, or a ledger file. It may belong to a run that is under way.
 
     Returns:
-        run, run_id, unit, relation, epsilon, delta, accountant, target_epsilon, private, lines, head, and
-        events (what was charged, equal mechanisms together).
+        run, run_id, unit, relation, epsilon, delta, accountant, adaptive, target_epsilon, private, lines, head, keys
+        (each with its line's time) and events (what was charged, equal mechanisms together).
 
     Raises:
         LedgerError: there is no ledger, or a link is broken.
@@ -39,9 +39,38 @@ def show_ledger(run: Path) -> dict[str, Any]:
             "epsilon": ledger.epsilon(),
             "delta": header["delta"],
             "accountant": header["accountant"],
+            "adaptive": ledger.is_adaptive,
             "target_epsilon": header["target_epsilon"],
             "private": ledger.is_private,
             "lines": len(ledger.lines),
             "head": ledger.head,
+            "keys": [
+                {"key_id": line["key_id"], "private": line["private"], "time": line["time"]}
+                for line in ledger.lines
+                if line["kind"] in ("header", "key")
+            ],
             "events": [event.to_dict() for event in ledger.events()],
         }
+
+
+def event_table(events: list[dict[str, Any]]) -> list[str]:
+    """Events as aligned lines: kind, how often, parameters."""
+    rows = [("mechanism", "times", "parameters")]
+    for event in events:
+        times = event.get("steps", event.get("count", 1))
+        parameters = [
+            f"{name} {_parameter(value)}"
+            for name, value in event.items()
+            if name not in ("kind", "steps", "count")
+        ]
+        rows.append((event["kind"], str(times), ", ".join(parameters)))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return [f"{kind:{widths[0]}}  {times:>{widths[1]}}  {rest}" for kind, times, rest in rows]
+
+
+def _parameter(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("kind"))
+    if isinstance(value, list):
+        return " + ".join(str(item["kind"]) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -118,14 +118,19 @@ class TableEncoder:
         return np.concatenate(masses) if masses else np.zeros(0)
 
     def encode(self, records: Records, rng: np.random.Generator) -> Encoded:
-        """Encode records; ``rng`` spreads integer columns inside their unit cell."""
+        """Encode records; ``rng`` spreads integer columns inside their unit cell.
+
+        Each column draws from a stream of its own: what a row is given, and what ``rng`` gives afterwards, do not
+        depend on the number of rows.
+        """
         tokens, scores = [], []
+        streams = iter(rng.spawn(len(self.coders)))
         by_name = {c.name: c for c in records.schema.modelled}
         for coder in self.coders:
             column = by_name[coder.name]
             values = records.columns[coder.name]
             if isinstance(coder, ContinuousCoder):
-                jitter = rng.uniform(-0.5, 0.5, len(values)) if column.is_integral else None
+                jitter = next(streams).uniform(-0.5, 0.5, len(values)) if column.is_integral else None
                 scores.append(coder.encode(values, jitter))
             elif is_token_column(column):
                 tokens.append(coder.encode(level_index(column, values)))

@@ -14,6 +14,9 @@ from synthward.evaluate.copies import CopyCheck
 from synthward.evaluate.marginals import PairTV
 from synthward.evaluate.utility import Utility
 
+CUSTODIAN_ONLY = "custodian's eyes only: computed from real records, not paid for from the privacy budget"
+"""What every place that shows figures computed from real records says of them."""
+
 RELEASABLE_ROWS = 5000
 """Figures of the synthetic table that may be released use exactly this many of its rows, drawn at random. So
 they do not tell how many rows it has, often as many as there were training rows: a private number."""
@@ -142,7 +145,7 @@ class EvaluationResult:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole result as JSON (custodian's eyes only). NaN becomes null, infinity the text ``"inf"``."""
-        document = {"summary": self.summary()} | {
+        document = {"notice": CUSTODIAN_ONLY, "summary": self.summary()} | {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self)
         }
         return json.dumps(plain(document), indent=indent, allow_nan=False)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from synthward.evaluate.result import Comparison, EvaluationResult, Marginal
-from synthward.report.figures import figure_style, png_bytes, shorten
+from synthward.evaluate.result import CUSTODIAN_ONLY, Comparison, EvaluationResult, Marginal
+from synthward.report.figures import HOLDOUT, figure_style, png_bytes, shorten
+from synthward.report.numbers import format_delta, format_epsilon
 from synthward.report.plots import draw_epsilon, draw_marginal, draw_pair_heatmap, draw_utility
-from synthward.report.statement import format_delta, format_epsilon
 from synthward.report.write import write_new_file
 
 
@@ -19,8 +19,8 @@ def save_overview_png(
 ) -> Path:
     """Draw marginals, the pair heat map, TSTR/TRTR and the epsilon curve into one PNG.
 
-    The picture compares with real records: it is for the custodian's eyes unless the records are public or
-    invented.
+    The picture compares with real records, and says so: it is for the custodian's eyes unless the records are public
+    or invented. There is no form of it for release.
 
     Raises:
         OutputError: the path exists and ``overwrite`` is False, or it cannot be written.
@@ -46,6 +46,7 @@ def save_overview_png(
         draw_epsilon(curve, result.epsilon_curve, result.privacy.get("target_epsilon"))
         curve.set_title("Privacy: epsilon spent over training")
         figure.suptitle(_title(result), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.supxlabel(CUSTODIAN_ONLY, x=0.99, ha="right", fontsize=8, color=HOLDOUT)
         content = png_bytes(figure, dpi)
     return write_new_file(Path(path), content, overwrite=overwrite)
 

@@ -11,14 +11,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from synthward.engine.errors import PrivacyError
-from synthward.evaluate.result import EvaluationResult
+from synthward.evaluate.result import CUSTODIAN_ONLY, EvaluationResult
 from synthward.report import plots
+from synthward.report.bundle import write_documents
+from synthward.report.documents import PrivacyDocuments
+from synthward.report.facts import RunFacts, facts_of_result
 from synthward.report.figures import Image, figure_style
+from synthward.report.numbers import format_delta, format_epsilon
 from synthward.report.settings import settings_table
-from synthward.report.statement import format_delta, format_epsilon, unit_words, write_statement
+from synthward.report.statement import outcome
 from synthward.report.write import refuse_existing, write_new_file
 
-BADGE = "custodian's eyes only: computed from real records, not paid for from the privacy budget"
+BADGE = CUSTODIAN_ONLY
 NOT_PRIVATE = "reproducible, not private"
 
 MAX_MARGINAL_FIGURES = 60
@@ -38,13 +42,19 @@ class _Card:
 
 
 def render_report(
-    result: EvaluationResult, out: Path | str, *, releasable: bool = False, overwrite: bool = False
+    result: EvaluationResult,
+    out: Path | str,
+    *,
+    facts: RunFacts | None = None,
+    releasable: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of an evaluation as one self-contained HTML file.
 
     Args:
         result: what ``evaluate_records`` returned.
         out: path of the file.
+        facts: what the run folder recorded (`read_facts`); by default what ``result.privacy`` says.
         releasable: keep only what the privacy budget covers: no figure computed from real records, no count
             of records, no setting that tells about them.
         overwrite: replace an existing file.
@@ -58,13 +68,28 @@ def render_report(
     """
     path = Path(out)
     refuse_existing(path, overwrite)
-    if releasable and not result.is_private:
+    facts = facts_of_result(result) if facts is None else facts
+    if not result.is_private:
+        facts = facts.without_guarantee()
+    if releasable and not facts.is_private:
         raise PrivacyError("this run is not private, so no part of its report can be released")
     with figure_style():
-        context = _public_context(result, releasable)
-        context["real"] = None if releasable else _real_context(result)
+        context = _public_context(result, facts, releasable)
+        context["real"] = None if releasable else _real_context(result, facts)
     page = _environment().get_template("report.html.j2").render(context)
     return write_new_file(path, page.encode("utf-8"), overwrite=overwrite)
+
+
+def render_documents(bundle: PrivacyDocuments, out: Path | str, *, overwrite: bool = False) -> Path:
+    """Write statement, model card and datasheet as one self-contained HTML file that needs no records.
+
+    Raises:
+        OutputError: the path exists and ``overwrite`` is False, or it cannot be written.
+    """
+    title = f"Privacy statement: {bundle.model_card.title.partition(': ')[2]}"
+    context = {"title": title, "bundle": bundle, "not_private": NOT_PRIVATE}
+    page = _environment().get_template("statement.html.j2").render(context)
+    return write_new_file(Path(out), page.encode("utf-8"), overwrite=overwrite)
 
 
 def _environment() -> Environment:
@@ -79,10 +104,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _public_context(result: EvaluationResult, releasable: bool) -> dict[str, Any]:
+def _public_context(result: EvaluationResult, facts: RunFacts, releasable: bool) -> dict[str, Any]:
     """What is computed without real records, or paid for from the budget."""
-    finite = [(step, epsilon) for step, epsilon in result.epsilon_curve if math.isfinite(epsilon)]
-    target = result.privacy.get("target_epsilon")
+    guarantee = facts.guarantee
+    curve = result.epsilon_curve if guarantee else ()
+    finite = [(step, epsilon) for step, epsilon in curve if math.isfinite(epsilon)]
+    target = facts.budget.epsilon if facts.budget else None
     public = result.public_marginals[:MAX_MARGINAL_FIGURES] if releasable else ()
     return {
         "title": f"Synthetic cohort report: {result.schema_name}",
@@ -91,13 +118,13 @@ def _public_context(result: EvaluationResult, releasable: bool) -> dict[str, Any
         "created": datetime.now(UTC).strftime("%Y-%m-%d"),
         "badge": BADGE,
         "not_private": NOT_PRIVATE,
-        "is_private": result.is_private,
-        "epsilon": format_epsilon(result.epsilon),
-        "delta": format_delta(result.delta),
-        "unit": result.privacy.get("unit") or "row",
-        "unit_clause": unit_words(result)[1],
-        "relation": str(result.privacy.get("relation", "add_or_remove_one")).replace("_", " "),
-        "statement": write_statement(result),
+        "is_private": guarantee is not None,
+        "epsilon": "none" if guarantee is None else format_epsilon(guarantee.epsilon),
+        "delta": "none" if guarantee is None else format_delta(guarantee.delta),
+        "source": "spent, as given" if facts.ledger is None else "spent, by the ledger",
+        "unit": facts.unit.column or "row",
+        "relation": facts.relation.replace("_", " "),
+        "bundle": write_documents(facts),
         "settings": settings_table(result.settings, releasable=releasable),
         "epsilon_plot": plots.epsilon_image(finite, target) if finite else None,
         "releasable": releasable,
@@ -107,7 +134,7 @@ def _public_context(result: EvaluationResult, releasable: bool) -> dict[str, Any
     }
 
 
-def _real_context(result: EvaluationResult) -> dict[str, Any]:
+def _real_context(result: EvaluationResult, facts: RunFacts) -> dict[str, Any]:
     """Everything computed from real records; never called for a released report."""
     found = result.comparison
     floor = found.one_way_floor or {}
@@ -136,6 +163,8 @@ def _real_context(result: EvaluationResult) -> dict[str, Any]:
         "utility": found.utility,
         "utility_plot": plots.utility_image(found.utility) if found.utility else None,
         "copies": found.copies,
+        "audit": [(check.name, outcome(check)) for check in facts.custodian_checks],
+        "audit_delta": format_delta(facts.audit.delta) if facts.audit else None,
         "ingest": _ingest_rows(found.ingest),
         "ingest_read": {name: entry["rows"] for name, entry in found.ingest.items()},
         "skipped": {k: v for k, v in result.skipped.items() if k != "releasable marginals"},

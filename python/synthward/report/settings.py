@@ -11,7 +11,7 @@ PUBLIC_KEYS = frozenset(
         *("generator", "epsilon", "target_epsilon", "delta", "accountant", "unit", "relation", "private"),
         *("noise_multiplier", "sample_rate", "steps", "clipping", "max_grad_norm", "expected_batch_size"),
         *("seed", "run_id", "version", "created", "optimizer", "learning_rate", "lr", "batch_size"),
-        "holdout_fraction",
+        *("holdout_fraction", "query_noise_multiplier", "physical_batch_size", "arithmetic"),
     )
 )
 """Settings that a person chooses before the records are read. Everything else stays with the custodian."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise, epsilon_of
+from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.errors import ConfigError
+from synthward.run.mechanism import Mechanism
 
 # Share of epsilon that the histogram query would cost by itself; composed with the steps it costs far less.
 QUERY_SHARE = 0.25
@@ -34,7 +36,7 @@ def plan_budget(
     epsilon: float,
     delta: float,
     accountant: str,
-    sample_rate: float,
+    mechanism: Mechanism,
     steps: int,
     *,
     lost: tuple[Event, ...] = (),
@@ -50,12 +52,12 @@ def plan_budget(
         raise ConfigError(f"delta: got {delta}; give a number between 0 and 1, well below 1 / patients")
     if steps < 1:
         raise ConfigError(f"steps: got {steps}; give a whole number of at least 1")
-    return _plan(float(epsilon), float(delta), accountant, float(sample_rate), int(steps), lost)
+    return _plan(float(epsilon), float(delta), accountant, mechanism, int(steps), lost)
 
 
 @lru_cache(maxsize=32)
 def _plan(
-    epsilon: float, delta: float, accountant: str, sample_rate: float, steps: int, lost: tuple[Event, ...]
+    epsilon: float, delta: float, accountant: str, mechanism: Mechanism, steps: int, lost: tuple[Event, ...]
 ) -> Budget:
     query = calibrate_noise(QUERY_SHARE * epsilon, delta, 1.0, 1, accountant)
     charged = (*lost, GaussianEvent(noise_multiplier=query, count=1))
@@ -64,5 +66,11 @@ def _plan(
         raise ConfigError(
             f"epsilon: {epsilon} is too small for {len(charged)} query(s) at delta {delta}{again}"
         )
-    noise = calibrate_noise(epsilon, delta, sample_rate, steps, accountant, other_events=charged)
-    return Budget(epsilon, delta, accountant, sample_rate, steps, query, noise)
+    noise = calibrate_noise_of(
+        lambda multiplier: mechanism.event(multiplier, steps),
+        epsilon,
+        delta,
+        accountant,
+        other_events=charged,
+    )
+    return Budget(epsilon, delta, accountant, mechanism.sample_rate, steps, query, noise)

@@ -46,9 +46,16 @@ class RunFolder:
                 f"{path}: holds a run already; give another --out, --resume it, or --overwrite it"
             )
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / SCHEMA_FILE, schema.to_toml().encode())
+        # First what makes the folder a run: killed in between, it can be resumed.
         write_atomic(path / RUN_FILE, _dump(info))
-        return cls(path)
+        folder = cls(path)
+        folder.save_schema(schema)
+        return folder
+
+    def save_schema(self, schema: Schema) -> None:
+        """Write the declared schema, unless it is there."""
+        if not (self.path / SCHEMA_FILE).exists():
+            write_atomic(self.path / SCHEMA_FILE, schema.to_toml().encode())
 
     @property
     def schema(self) -> Schema:
@@ -62,8 +69,9 @@ class RunFolder:
     def is_complete(self) -> bool:
         return self.info.get("status") == "complete"
 
-    def open_ledger(self) -> Ledger:
-        return Ledger.open(self.ledger_path)
+    def open_ledger(self, *, readonly: bool = False) -> Ledger:
+        """The run's ledger; one that was put back to an older state is a `LedgerError`."""
+        return Ledger.open(self.ledger_path, expected_head=self.info.get("ledger_head"), readonly=readonly)
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json atomically."""

@@ -13,12 +13,12 @@ from synthward.encoding import Encoded, TableEncoder
 from synthward.engine import (
     KeySchedule,
     Ledger,
-    PoissonSampler,
     PrivacyPlan,
     PrivateTrainer,
     physical_batches,
 )
-from synthward.engine.accounting import PoissonGaussianEvent, epsilon_curve
+from synthward.engine.accounting import epsilon_curve
+from synthward.engine.errors import BudgetExceededError, LedgerError
 from synthward.generators import Batch
 from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FILE, MODEL_FILE, RunFolder, draw_context
@@ -61,8 +61,12 @@ class Training:
             self.generator.private_module, optimizer, plan, keys=keys, ledger=ledger
         )
         self.optimizer = optimizer
-        self.sampler = PoissonSampler(records.num_units, plan.sample_rate, keys.key("sampler"))
+        self.sampler = plan.sampler(records.num_units, keys.key("sampler"))
+        self.steps_done = 0
         self.physical = _physical_batch_size(plan.expected_batch_size, folder.info["physical_batch_size"])
+        # A cap on the draw makes the number of physical batches public: it is then the same in every step.
+        cap = plan.max_batch_size
+        self.batches = 1 if cap is None else math.ceil(cap / self.physical)
 
     def run(self) -> None:
         """Train until every step of the plan is charged, then write the model."""
@@ -76,32 +80,52 @@ class Training:
         try:
             task.advance(step, epsilon=epsilons(step))
             while step < self.plan.steps:
-                step = self._lease(step, task, epsilons)
+                after = self._lease(step, task, epsilons)
+                if after == step:
+                    break
+                step = after
         finally:
             task.close()
+        self.steps_done = step
         self.generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
         self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
         (self.folder.path / CHECKPOINT_FILE).unlink(missing_ok=True)
 
     def _lease(self, first: int, task: Task, epsilons: Callable[[int], float]) -> int:
         """Pay for a run of steps, take them, keep a checkpoint; returns the step after them."""
-        count = min(LEASE_STEPS, self.plan.steps - first)
-        event = PoissonGaussianEvent(
-            sample_rate=self.plan.sample_rate, noise_multiplier=self.plan.noise_multiplier, steps=1
-        )
-        self.ledger.lease(event, first, count)
+        count = self._pay(first)
         for step in range(first, first + count):
             self._step(step)
             task.advance(1, epsilon=epsilons(step + 1))
-        self._checkpoint(first + count)
-        self.ledger.close_lease(count)
+        if count:
+            self._checkpoint(first + count)
+            self.ledger.close_lease(count)
+            self.folder.update(ledger_head=self.ledger.head)
         return first + count
+
+    def _pay(self, first: int) -> int:
+        """Lease the next steps; returns how many.
+
+        A run whose noise is correlated begins a mechanism of its own after a kill, which may cost a little more than
+        the rest of the first one would have: it then ends a few steps early, within its budget.
+        """
+        count = min(LEASE_STEPS, self.plan.steps - first)
+        while True:
+            try:
+                self.ledger.lease(self.plan.event(1), first, count)
+                return count
+            except BudgetExceededError:
+                if not self.plan.event(1).is_one_mechanism:
+                    raise
+                if count == 1:
+                    return 0
+                count //= 2
 
     def _step(self, step: int) -> None:
         rate = self.generator.learning_rate(step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for units in physical_batches(self.sampler.draw(step), self.physical):
+        for units in physical_batches(self.sampler.draw(step), self.physical, at_least=self.batches):
             batch, mask = self.data.batch(units, self.generator.records_per_unit, self.torch_rng)
             with self.trainer.capture():
                 losses = self.generator.unit_losses(batch, self.torch_rng)
@@ -113,12 +137,19 @@ class Training:
         tensors = {f"generator.{k}": v for k, v in self.generator.state(resume=True).items()}
         tensors |= {f"trainer.{k}": v for k, v in self.trainer.state_dict().items()}
         tensors["step"] = torch.tensor(step)
+        # Whoever puts an older ledger back has to put the model back, too.
+        tensors["ledger_head"] = torch.tensor(list(bytes.fromhex(self.ledger.head)), dtype=torch.uint8)
         self.folder.save_tensors(CHECKPOINT_FILE, tensors)
 
     def _restore(self) -> int:
         if not (self.folder.path / CHECKPOINT_FILE).is_file():
             return 0
         tensors = self.folder.load_tensors(CHECKPOINT_FILE)
+        head = tensors.pop("ledger_head", None)
+        if head is not None and not self.ledger.holds(bytes(head.tolist()).hex()):
+            raise LedgerError(
+                f"{self.ledger.path}: does not hold the head that the checkpoint names; lines were cut off or replaced"
+            )
         parts: dict[str, dict[str, torch.Tensor]] = {"generator": {}, "trainer": {}}
         for key, value in tensors.items():
             if key != "step":
@@ -129,18 +160,13 @@ class Training:
         return int(tensors["step"])
 
     def _charged_steps(self) -> int:
-        return sum(e.steps for e in self.ledger.events() if isinstance(e, PoissonGaussianEvent))
+        return sum(getattr(event, "steps", 0) for event in self.ledger.events())
 
     def _epsilons(self) -> Callable[[int], float]:
         """Epsilon after a number of steps, for display: interpolated between a few accounted points."""
         info = self.folder.info
-        others = [e for e in self.ledger.events() if not isinstance(e, PoissonGaussianEvent)]
-        planned = PoissonGaussianEvent(
-            sample_rate=self.plan.sample_rate,
-            noise_multiplier=self.plan.noise_multiplier,
-            steps=self.plan.steps,
-        )
-        curve = epsilon_curve([*others, planned], info["delta"], 12, info["accountant"])
+        others = [e for e in self.ledger.events() if not hasattr(e, "steps")]
+        curve = epsilon_curve([*others, self.plan.event()], info["delta"], 12, info["accountant"])
         steps, values = zip(*curve, strict=True)
         return lambda step: float(np.interp(step, steps, values))
 
