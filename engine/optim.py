@@ -119,6 +119,7 @@ class FusedAdam:
                 group.get("decoupled_weight_decay")
             )
             beta1, beta2 = group["betas"]
+            bias = self._bias_variance(start, group, noise, grad_scale)
             noisy_adam_(
                 flat.data[start:end],
                 flat.summed_grad[start:end],
@@ -138,14 +139,15 @@ class FusedAdam:
                 decoupled=decoupled,
                 adam_step=self._updates,
                 correlation=noise.part(start, end),
-                **self._second_moment(start, group, noise, grad_scale),
+                bias_variance=bias,
+                min_second_moment=None if bias is None else float(group["min_second_moment"]),
             )
 
-    def _second_moment(
+    def _bias_variance(
         self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
-    ) -> dict[str, Any]:
-        """What is done to the second moment of the group that begins at `start`."""
-        return {}
+    ) -> float | None:
+        """What is taken off the second moment of the group that begins at `start`, if anything is."""
+        return None
 
     def export_state(self) -> None:
         if self._updates == 0:
@@ -179,17 +181,12 @@ class FusedAdamBC(FusedAdam):
         # By begin of the optimizer's group.
         self._averages: dict[int, float] = {}
 
-    def _second_moment(
-        self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float
-    ) -> dict[str, Any]:
+    def _bias_variance(self, start: int, group: dict[str, Any], noise: Noise, grad_scale: float) -> float:
         beta2 = float(group["betas"][1])
         variance = noise.added_variance() * grad_scale**2
         average = beta2 * self._averages.get(start, 0.0) + (1.0 - beta2) * variance
         self._averages[start] = average
-        return {
-            "bias_variance": average / (1.0 - beta2**self._updates),
-            "min_second_moment": float(group["min_second_moment"]),
-        }
+        return average / (1.0 - beta2**self._updates)
 
     def export_state(self) -> None:
         super().export_state()

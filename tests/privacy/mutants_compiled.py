@@ -11,6 +11,7 @@ NORMS = "tests/kernels/test_norms.py::"
 NOISE = "tests/kernels/test_noise.py::"
 DISCRETE = "tests/kernels/test_discrete.py::"
 UPDATE = "tests/kernels/test_update.py::"
+CORRELATED = "tests/kernels/test_correlated.py::"
 NORMALIZE = "tests/kernels/test_normalize.py::"
 PRODUCT = "tests/kernels/test_product.py::"
 
@@ -330,6 +331,28 @@ COMPILED = [
         "  for (int64_t i = 0; i < n / 4 * 4; ++i) {\n"
         "    const float noisy = kNoise ? grad[i] + a.noise_std * z[i] : grad[i];\n    const float g =",
         (UPDATE + "test_sgd_is_torchs[baseline-0.9-0.5-False-0.0-257]",),
+    ),
+    # csrc/core/correlated.inl
+    Mutant(
+        "all taps take the normals of this step",
+        "csrc/core/correlated.inl",
+        "stream->nonce - (uint64_t)j;",
+        "stream->nonce;",
+        (CORRELATED + "test_it_is_the_white_noise_through_the_inverse_matrix[baseline-inverse-257-0]",),
+    ),
+    Mutant(
+        "noise of earlier steps is not taken off the last elements of a run",
+        "csrc/core/correlated.inl",
+        "for (int64_t i = 0; i < n; ++i) w[i] -= weight * slot[i];",
+        "for (int64_t i = 0; i < n / 4 * 4; ++i) w[i] -= weight * slot[i];",
+        (CORRELATED + "test_it_is_the_white_noise_through_the_inverse_matrix[baseline-blt-257-0]",),
+    ),
+    Mutant(
+        "a slot is not written anew",
+        "csrc/core/correlated.inl",
+        "for (int64_t i = 0; i < n; ++i) slot[i] = gain * w[i];",
+        "for (int64_t i = 0; i < n; ++i) slot[i] *= gain;",
+        (CORRELATED + "test_it_is_the_white_noise_through_the_inverse_matrix[baseline-banded-257-0]",),
     ),
     # csrc/core/discrete.inl
     Mutant(

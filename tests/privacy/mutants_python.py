@@ -231,4 +231,20 @@ PYTHON = [
         "self._released, self._is_open = step, True",
         (NOISE + "test_steps_do_not_share_noise",),
     ),
+    Mutant(
+        "correlated noise begins anew in each group of the optimizer",
+        "engine/optim.py",
+        "None if self.correlation is None else self.correlation.part(start, end)",
+        "None if self.correlation is None else self.correlation.part(0, end - start)",
+        ("tests/engine/test_corrected_adam.py::test_correlated_noise_reaches_every_updater[sgd]",),
+    ),
+    Mutant(
+        "taps reach behind the first step",
+        "kernels/noise/correlation.py",
+        "taps=self.taps[: step - self.first_step + 1]",
+        "taps=self.taps[: step + 1]",
+        (
+            "tests/kernels/test_correlated.py::test_steps_count_from_the_first_of_the_instance[baseline-inverse]",
+        ),
+    ),
 ]

@@ -6,6 +6,7 @@ from tests.privacy.mutants import Mutant
 
 TESTS = "tests/kernels/test_triton.py::"
 NOISE = "tests/kernels/test_triton_noise.py::"
+CORRELATED = "tests/kernels/test_triton_correlated.py::"
 DISCRETE = "tests/kernels/test_triton_discrete.py::"
 OUTER = "kernels/outer/triton_impl.py"
 DIAGONAL = "kernels/diagonal/triton_impl.py"
@@ -244,5 +245,19 @@ TRITON = [
         "param_ptr, grad_ptr, buffer_ptr, i, i < count, 0.0,",
         "param_ptr, grad_ptr, buffer_ptr, i, i < count - 1, 0.0,",
         (NOISE + "test_sgd_is_that_of_the_cpu_bit_for_bit[0.9-0.5-False-0.0-700]",),
+    ),
+    Mutant(
+        "noise: all taps take the normals of this step",
+        "kernels/noise/triton_impl.py",
+        "_earlier(n0, n1, j)\n            z",
+        "_earlier(n0, n1, 0)\n            z",
+        (CORRELATED + "test_a_step_of_more_than_32_bits_goes_back_over_their_border",),
+    ),
+    Mutant(
+        "noise: that of earlier steps is not taken off",
+        "kernels/noise/triton_impl.py",
+        "            if weight != 0.0:",
+        "            if weight > 1e30:",
+        (CORRELATED + "test_it_is_that_of_the_cpu_bit_for_bit[blt-by_itself]",),
     ),
 ]
