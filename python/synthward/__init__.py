@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from synthward.data import Records as Records
     from synthward.data import read_records as read_records
+    from synthward.engine import DPAdamBC as DPAdamBC
     from synthward.engine.errors import SynthwardError as SynthwardError
     from synthward.evaluate import evaluate_records as evaluate_records
     from synthward.privacy_engine import PrivacyEngine as PrivacyEngine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "DPAdamBC": "engine",
     "FitOptions": "run",
     "PrivacyEngine": "privacy_engine",
     "Records": "data",
