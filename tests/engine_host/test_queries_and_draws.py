@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -33,8 +34,10 @@ def test_two_mechanisms_of_one_key_schedule_share_no_noise(ledger):
     """With equal noise the difference of two answers would hold none."""
     keys = KeySchedule.from_os()
     first, second = QueryMechanism(ledger, keys), QueryMechanism(ledger, keys)
-    answers = np.concatenate([ask(m) for m in (first, second, first, second)])
-    assert len(np.unique(answers)) == len(answers)
+    answers = [ask(m) for m in (first, second, first, second)]
+    # Answers lie on a grid: single entries may be equal by chance, 20 of 50 are not.
+    for one, other in itertools.combinations(answers, 2):
+        assert (one == other).sum() < 20
     assert ledger.events() == [GaussianEvent(2.0, 4)]
 
 

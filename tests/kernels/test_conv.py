@@ -429,7 +429,7 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, "row_weights", lambda: conv_sum(V, X, G, W[:3], out=torch.zeros(V.numel))),
     (TypeError, "row_weights", lambda: conv_sum(V, X, G, W.double(), out=torch.zeros(V.numel))),
     (ValueError, "out", lambda: conv_sum(V, X, G, W, out=torch.zeros(V.numel + 1))),
-    (TypeError, "out", lambda: conv_sum(V, X, G, W, out=torch.zeros(V.numel).double())),
+    (TypeError, "out", lambda: conv_sum(V, X, G, W, out=torch.zeros(V.numel).half())),
 ]
 
 
