@@ -119,6 +119,7 @@ def fit(
             budget_file=budget,
             progress=progress,
         )
+    say_head_room(folder.info)
     spent = spent_budget(folder)
     result = {"run": folder.path, **spent, "seconds": round(time.perf_counter() - begin, 1)}
     lines = [
@@ -126,6 +127,17 @@ def fit(
         budget_line(spent["epsilon"], delta, spent["unit"], private=spent["private"]),
     ]
     emit(result, lines, as_json=json)
+
+
+def say_head_room(info: dict[str, Any]) -> None:
+    """What batches of one static size cost, if the run has them."""
+    from synthward.run.mechanism import Mechanism
+
+    room = Mechanism.from_info(info).head_room(
+        info["noise_multiplier"], info["steps"], info["delta"], info["accountant"]
+    )
+    if room is not None:
+        remark(f"note: of the training steps, {room}")
 
 
 def load_declared(path: Path, unit: str | None) -> Any:
