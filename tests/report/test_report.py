@@ -269,3 +269,8 @@ def test_released_settings_are_those_known_to_be_choices():
     everything = dict(settings_table(SETTINGS, releasable=False))
     assert everything["plan.train_rows"] == "6318"
     assert everything["holdout_salt"] == "tell-nobody"
+
+
+def test_a_long_list_among_the_settings_is_cut():
+    [(_, text)] = settings_table({"taps": [0.5] * 400}, releasable=False)
+    assert len(text) < 200 and "400 in all" in text

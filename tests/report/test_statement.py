@@ -142,6 +142,8 @@ def test_sampling_is_claimed_only_where_it_was_charged(tmp_path):
     correlated = dataclasses.replace(read_facts(tmp_path / "a"), events=(KINDS[3][0],))
     assert any("draws each unit independently" in line for line in sampled.assumptions)
     assert not any("independently" in line for line in write_statement(correlated).assumptions)
+    cyclic = dataclasses.replace(correlated, events=(KINDS[2][0],))
+    assert any("group whose turn it is" in line for line in write_statement(cyclic).assumptions)
 
 
 def test_a_seeded_run_says_not_private_and_claims_nothing(tmp_path):
@@ -284,10 +286,14 @@ def test_missing_and_damaged_pieces(tmp_path):
     [(None, "not recorded"), ("float", "not excluded"), ("discrete", "closes attacks on the rounding")],
 )
 def test_arithmetic_is_told_as_recorded(tmp_path, arithmetic, words):
-    info = {} if arithmetic is None else {"arithmetic": arithmetic}
+    info = {} if arithmetic is None else {"mechanism": {"arithmetic": arithmetic, "sample_rate": 0.288}}
     statement = write_statement(read_facts(make_run(tmp_path / "run", info=info)))
     assert words in said(section(statement, "side-channels"))
     assert any(words in line for line in statement.residual_risks)
+    named = any("sample_rate" in line for line in statement.held_constant)
+    assert named == (arithmetic is None), (
+        "of a mechanism that has its own rate, the option's is no setting of steps"
+    )
 
 
 def test_markup_in_a_schema_stays_text(tmp_path):
@@ -343,3 +349,49 @@ def test_a_signature_is_named_and_not_vouched_for(tmp_path):
     assert "Signature" not in said(section(write_statement(read_facts(run)), "security"))
     (run / "attestation.dsse.json").write_text("{}")
     assert "`synthward verify` checks it" in said(section(write_statement(read_facts(run)), "security"))
+
+
+SELECTION = SelectionEvent((QUERY, TRAINING), 4.0, 0.0)
+CHOICE = {
+    "mean_trials": 4.0,
+    "shape": 0.0,
+    "grid": {"hidden": [64, 96], "max_grad_norm": [0.5, 0.75]},
+    "score": 0.125,
+}
+
+
+def test_what_a_selection_chose_is_an_output_and_no_constant(tmp_path):
+    facts = read_facts(make_run(tmp_path / "run", (SELECTION,), target=30.0, info={"selection": CHOICE}))
+    bundle = write_documents(facts)
+    constant, assumed = " ".join(bundle.statement.held_constant), " ".join(bundle.statement.assumptions)
+    assert "settings.hidden 96" not in constant and "max_grad_norm 0.75" not in constant
+    assert "hidden: 64, 96; max_grad_norm: 0.5, 0.75" in constant and "sample_rate 0.036" in constant
+    assert "All settings but those that the charged selection chose" in assumed
+    assert "0.125" in said(section(bundle.statement, "utility"))
+    assert "the selection is charged" in said(section(bundle.statement, "side-channels"))
+    card = " ".join(texts(bundle.model_card.model_dump(mode="json")))
+    assert "settings.hidden: 96" in card and "settings.hidden, max_grad_norm" in card
+    assert facts.units == NOISY_UNITS, "a query of the trial gave it, and the selection charges the trial"
+
+
+def test_a_selection_that_was_not_charged_has_no_statement(tmp_path):
+    with pytest.raises(LedgerError, match="selection"):
+        read_facts(make_run(tmp_path / "run", info={"selection": CHOICE}))
+
+
+def test_a_ledger_that_was_cut_short_has_no_statement(tmp_path):
+    """The statement would tell less than what was spent; run.json keeps the hash of the last line."""
+    run = make_run(tmp_path / "run")
+    head = read_facts(run).ledger.head
+    recorded = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(recorded | {"ledger_head": head}))
+    assert read_facts(run).is_private
+    ledger = run / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(LedgerError, match="head"):
+        read_facts(run)
+
+
+def test_a_budget_file_that_was_not_given_is_named(tmp_path):
+    facts = read_facts(make_run(tmp_path / "run", info={"budget_id": "beefcafe"}))
+    assert any("beefcafe" in line and "not given" in line for line in write_statement(facts).residual_risks)

@@ -32,7 +32,12 @@ def residual_risks(facts: RunFacts) -> tuple[str, ...]:
         "Group facts: what holds for most people of a kind can be learned, and used against them, from any accurate "
         "release.",
     ]
-    if facts.data_set is None:
+    if facts.data_set is None and facts.budget_id is not None:
+        lines.append(
+            f"Composition: this statement knows of this run alone. The run draws on the budget file {facts.budget_id} "
+            "of its data set, which counts other releases too and was not given."
+        )
+    elif facts.data_set is None:
         lines.append(
             "Composition: this statement knows of this run alone. Other releases from the same records add."
         )
@@ -90,21 +95,21 @@ def _side_channels(facts: RunFacts) -> Section:
 def _arithmetic(facts: RunFacts) -> str:
     if facts.arithmetic == DISCRETE:
         return (
-            "Sums were rounded to a fixed grid and released on it (discrete arithmetic), which closes attacks on the "
-            "rounding of floating-point numbers."
+            "Sums of the training steps were rounded to a fixed grid and released on it (discrete arithmetic), which "
+            "closes attacks on the rounding of floating-point numbers."
         )
     if facts.arithmetic is None:
         return (
             "Which arithmetic made the noise is not recorded: assume floating-point numbers, whose rounding can be "
             "attacked."
         )
-    return "Sums and noise are floating-point numbers; attacks on their rounding are not excluded."
+    return "Sums and noise of training steps are floating-point numbers; attacks on their rounding are not excluded."
 
 
 def _security(facts: RunFacts) -> Section:
     table = []
     if facts.ledger is not None and facts.ledger.keys:
-        keys = f"{facts.ledger.keys} (one, and one more for every time the run was resumed)"
+        keys = f"{facts.ledger.keys} in the ledger (one, and one more for every time the run was resumed)"
         origin = "secret, not fixed by a seed" if facts.is_private else "not all secret"
         table = [Fact(name="Random keys", value=f"{keys}; {origin}")]
     if facts.signed:

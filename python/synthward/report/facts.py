@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthward.engine.accounting import Event
+from synthward.engine.accounting import Event, SelectionEvent
 from synthward.engine.errors import CheckpointError, LedgerError
 from synthward.engine.ledger import Ledger
 from synthward.report.audited import read_audit
 from synthward.report.budgets import read_data_set
 from synthward.report.documents import Audit, AuditCheck, DataSetBudget, Guarantee, Relation, Unit
-from synthward.report.mechanisms import QUERIES
-from synthward.report.settings import settings_table
+from synthward.report.mechanisms import QUERIES, flatten
+from synthward.report.settings import setting_text, settings_table
 from synthward.schema import Schema, load_schema
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class RunFacts:
         notes: what charged queries were for, as the ledger notes it.
         ledger: None where no ledger was given.
         settings: choices made before the records were read, as (name, text).
+        selected: settings that a charged selection chose among those of ``grid``, as (name, text).
+        score: the noisy score of the trial that was selected, charged with the selection.
+        budget_id: of the budget file that the run draws on, whether or not it was given.
         schema: the declared schema.
         run_id, created, status, generator, arithmetic: as recorded, or None.
         holdout: share of the units that took no part in training, or None where nothing was recorded.
@@ -84,6 +87,10 @@ class RunFacts:
     notes: tuple[str, ...] = ()
     ledger: LedgerFacts | None = None
     settings: tuple[tuple[str, str], ...] = ()
+    selected: tuple[tuple[str, str], ...] = ()
+    grid: tuple[tuple[str, str], ...] = ()
+    score: float | None = None
+    budget_id: str | None = None
     schema: Schema | None = None
     run_id: str | None = None
     created: str | None = None
@@ -113,7 +120,8 @@ class RunFacts:
         """The same run with nothing claimed: where two sources differ on whether it is private, it is not."""
         if self.guarantee is None:
             return self
-        nothing: dict[str, None] = dict.fromkeys(("guarantee", "budget", "data_set", "units", "records"))
+        claims = ("guarantee", "budget", "data_set", "units", "records", "score")
+        nothing: dict[str, None] = dict.fromkeys(claims)
         return replace(self, not_private=NOT_SAID, **nothing)  # type: ignore[arg-type]
 
 
@@ -133,23 +141,23 @@ def read_facts(run: Path, budget: Path | None = None) -> RunFacts:
     info = _read_json(run / RUN_FILE)
     if info is None:
         raise CheckpointError(f"{run}: no run here ({RUN_FILE} is missing); make one with `synthward fit`")
-    with Ledger.open(run / LEDGER_FILE, readonly=True) as ledger:
+    with Ledger.open(run / LEDGER_FILE, expected_head=info.get("ledger_head"), readonly=True) as ledger:
         header, events = ledger.header, tuple(ledger.events())
-        _same_run(run, info, header)
         epsilon, is_private = ledger.epsilon(), ledger.is_private and info.get("private") is True
         lines, head = ledger.lines, ledger.head
+    _same_run(run, info, header, events)
     data_set = None if budget is None else read_data_set(budget, header["run_id"], head)
     schema = load_schema(run / SCHEMA_FILE)
     if info.get("schema_fingerprint") not in (None, schema.fingerprint()):
         raise CheckpointError(f"{run}: {SCHEMA_FILE} is not the one that the run was begun with; put it back")
     unit = _unit(header["unit"])
     guarantee, why_not = _guarantee(epsilon, header, unit, private=is_private)
-    kinds = [line["kind"] for line in lines]
     # Noisy numbers are public only where a query for them was charged, and where its noise is secret.
-    counted = guarantee is not None and any(isinstance(event, QUERIES) for event in events)
+    counted = guarantee is not None and any(isinstance(event, QUERIES) for event in flatten(events))
     encoder = (_read_json(run / ENCODER_FILE) or {}) if counted else {}
     audit, checks = read_audit(run / AUDIT_FILE)
     target = header["target_epsilon"]
+    kinds = [line["kind"] for line in lines]
     return RunFacts(
         unit=unit,
         relation=header["relation"],
@@ -164,20 +172,36 @@ def read_facts(run: Path, budget: Path | None = None) -> RunFacts:
         ledger=LedgerFacts(
             head, len(lines), kinds.count("header") + kinds.count("key"), kinds.count("recovered")
         ),
-        settings=tuple(settings_table(_chosen(info), releasable=True)),
         schema=schema,
-        run_id=_text(info, "run_id"),
-        created=_text(info, "created"),
-        status=_text(info, "status"),
-        generator=_text(info, "generator"),
-        arithmetic=_text(info, "arithmetic"),
-        holdout=_holdout(info),
         units=_count(encoder, "units"),
         records=_count(encoder, "records"),
         audit=audit,
         custodian_checks=checks,
         software=software(),
+        **_recorded(info, told=guarantee is not None),
     )
+
+
+def _recorded(info: Mapping[str, Any], *, told: bool) -> dict[str, Any]:
+    """What run.json says of choices and of how the run went; ``told``: whether its noise protects what is noisy."""
+    selection = info.get("selection")
+    selection = selection if isinstance(selection, Mapping) else {}
+    grid = selection.get("grid")
+    grid = grid if isinstance(grid, Mapping) else {}
+    mechanism = info.get("mechanism")
+    steps = mechanism if isinstance(mechanism, Mapping) else info
+    chosen = {place for name in grid for place in (str(name), f"settings.{name}")}
+    settings = settings_table(_chosen(info), releasable=True)
+    return {
+        "settings": tuple(row for row in settings if row[0] not in chosen),
+        "selected": tuple(row for row in settings if row[0] in chosen),
+        "grid": tuple((str(name), setting_text(values)) for name, values in grid.items()),
+        "score": _count(selection, "score") if told else None,
+        "budget_id": _text(info, "budget_id"),
+        **{name: _text(info, name) for name in ("run_id", "created", "status", "generator")},
+        "arithmetic": _text(steps, "arithmetic"),
+        "holdout": _holdout(info),
+    }
 
 
 def facts_of_result(result: EvaluationResult) -> RunFacts:
@@ -246,7 +270,9 @@ def _guarantee(
     )
 
 
-def _same_run(run: Path, info: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+def _same_run(
+    run: Path, info: Mapping[str, Any], header: Mapping[str, Any], events: tuple[Event, ...]
+) -> None:
     """Both files have to tell of one run: run.json can be edited, the ledger's lines can not."""
     for name in ("run_id", "unit", "delta", "relation", "accountant"):
         if name in info and info[name] != header[name]:
@@ -254,6 +280,10 @@ def _same_run(run: Path, info: Mapping[str, Any], header: Mapping[str, Any]) -> 
                 f"{run}: {RUN_FILE} says {name} {info[name]!r}, its ledger {header[name]!r}; one of them is of "
                 "another run or was changed"
             )
+    if "selection" in info and not any(isinstance(event, SelectionEvent) for event in events):
+        raise LedgerError(
+            f"{run}: {RUN_FILE} tells of a selection among trials that its ledger does not charge"
+        )
 
 
 def _unit(name: str) -> Unit:
@@ -261,11 +291,14 @@ def _unit(name: str) -> Unit:
 
 
 def _chosen(info: Mapping[str, Any]) -> dict[str, Any]:
+    # The rate that a mechanism of groups or of correlated noise was made from is not the one that its steps have.
+    rate = ("sample_rate",) if isinstance(info.get("mechanism"), Mapping) else ()
     # Epsilons stand in a guarantee, never alone in a list of settings; so does what says whether it is one. The batch
     # size that was expected is no choice, but a charged answer times the sampling rate.
     told = (
+        *rate,
         *("epsilon", "target_epsilon", "delta", "unit", "relation", "private", "accountant", "seed"),
-        *("run_id", "created", "generator", "version", "expected_batch_size"),
+        *("run_id", "created", "generator", "version", "expected_batch_size", "selection"),
     )
     return {name: value for name, value in info.items() if name not in told}
 

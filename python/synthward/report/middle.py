@@ -45,16 +45,18 @@ def _algorithms(facts: RunFacts) -> Section:
 
 
 def _utility(facts: RunFacts) -> Section:
-    return Section(
-        id="utility",
-        heading="Utility and accuracy",
-        level="middle",
-        paragraphs=(
-            "Noise and bounds on contributions make the synthetic rows less accurate than the records. How much is "
-            "not said here: measuring it needs the records, and no budget was spent on it. `synthward evaluate` "
-            "measures it for the custodian.",
-        ),
-    )
+    paragraphs = ["Noise and bounds on contributions make the synthetic rows less accurate than the records."]
+    if facts.score is None:
+        paragraphs.append(
+            "How much is not said here: measuring it needs the records, and no budget was spent on it. `synthward "
+            "evaluate` measures it for the custodian."
+        )
+    else:
+        paragraphs.append(
+            f"The selection charged a noisy score of the trial that it chose: {facts.score:.3g}, the mean total "
+            "variation of tables of synthetic rows from those of the records (0 is equal, 1 is nothing in common)."
+        )
+    return Section(id="utility", heading="Utility and accuracy", level="middle", paragraphs=tuple(paragraphs))
 
 
 def _bias(facts: RunFacts) -> Section:

@@ -61,7 +61,8 @@ def counts_text(facts: RunFacts) -> str:
 
 
 def _details(facts: RunFacts) -> tuple[Entry, ...]:
-    settings = "; ".join(f"{name}: {text}" for name, text in facts.settings) or None
+    settings = "; ".join(f"{name}: {text}" for name, text in (*facts.settings, *facts.selected)) or None
+    selected = ", ".join(name for name, _ in facts.selected) or None
     training = any(isinstance(event, TRAINING) for event in flatten(facts.events))
     return (
         Entry(question="Person or organization developing the model", answer=None),
@@ -75,6 +76,7 @@ def _details(facts: RunFacts) -> tuple[Entry, ...]:
             else None,
         ),
         Entry(question="Parameters and constraints", answer=settings),
+        *([Entry(question="Chosen by a charged selection", answer=selected)] if selected else ()),
         Entry(question="Status", answer=facts.status),
         Entry(question="Software", answer=", ".join(f"{n} {v}" for n, v in facts.software.items()) or None),
         Entry(question="License", answer=None),

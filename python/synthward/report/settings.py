@@ -19,6 +19,9 @@ PUBLIC_KEYS = frozenset(
 PUBLIC_GROUPS = frozenset(("plan", "settings", "model", "generator_settings", "hyperparameters"))
 """Groups whose entries are choices too; entries that ``_TELLING`` finds are still kept back."""
 
+MAX_ITEMS = 24
+"""Of a longer list (the coefficients of a strategy), so many are shown."""
+
 # Counts of records, places of files and the key of the held-out split tell about the records.
 _TELLING = re.compile(
     r"row|record|unit|patient|train_|holdout|salt|path|file|data|key|digest|hash|num_|count|loss",
@@ -57,7 +60,8 @@ def setting_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(setting_text(v) for v in value)
+        shown = ", ".join(setting_text(v) for v in value[:MAX_ITEMS])
+        return shown if len(value) <= MAX_ITEMS else f"{shown}, ... ({len(value):,} in all)"
     return str(value)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from synthward.engine.accounting import CyclicPoissonGaussianEvent, SelectionEvent
 from synthward.report.base import base_sections, residual_risks
 from synthward.report.documents import AuditCheck, DataSetBudget, Fact, Interpretation, Section, Statement
 from synthward.report.facts import RunFacts
@@ -254,6 +255,11 @@ def _held_constant(facts: RunFacts) -> tuple[str, ...]:
     if facts.settings:
         chosen = ", ".join(f"{name} {text}" for name, text in facts.settings)
         lines.append(f"The settings: {chosen}.")
+    if facts.grid:
+        grid = "; ".join(f"{name}: {values}" for name, values in facts.grid)
+        lines.append(
+            f"What the selection could choose among: {grid}. What it chose is an output, and charged."
+        )
     if facts.holdout:
         lines.append(
             f"The share of {facts.unit.noun}s that is held out of training: {100 * facts.holdout:g} %."
@@ -270,7 +276,12 @@ def _assumptions(facts: RunFacts) -> tuple[str, ...]:
         "taken from the records. A schema drafted from the records is not private until a person has replaced what "
         "came from them.",
     ]
-    if facts.adaptive:
+    if any(isinstance(event, SelectionEvent) for event in facts.events):
+        lines.append(
+            "All settings but those that the charged selection chose were chosen without looking at the records or at "
+            "results computed from them, and so were the values that it could choose among."
+        )
+    elif facts.adaptive:
         lines.append(
             "Settings that changed during the run followed from what was released before; all others were chosen "
             "without looking at the records or at results computed from them."
@@ -282,7 +293,9 @@ def _assumptions(facts: RunFacts) -> tuple[str, ...]:
     if facts.relation == "add_or_remove_one":
         lines.append("How many records there are is treated as private.")
     if any(isinstance(event, SAMPLED) for event in flatten(facts.events)):
-        lines.append(f"Every training step draws each {noun} independently, with the stated probability.")
+        turn = any(isinstance(event, CyclicPoissonGaussianEvent) for event in flatten(facts.events))
+        whose = f"{noun} of the group whose turn it is" if turn else noun
+        lines.append(f"Every training step draws each {whose} independently, with the stated probability.")
     if facts.holdout:
         lines.append(
             f"Held-out records are set aside by a keyed hash, for each {noun} alone; they take no part in training."
