@@ -32,6 +32,8 @@ def sign(
         raise ConfigError("--new-key: makes a key, --key names one; give one of them")
     if run is None and new_key is None:
         raise ConfigError("RUN: is missing; name the folder of a run, or make a key with --new-key")
+    if run is None and cohort:
+        raise ConfigError("--cohort: is signed with the run that it was made from; name its folder, RUN")
     result: dict[str, object] = {}
     if new_key is not None:
         result |= {"key": new_key, "public_key": attest.new_key(new_key)}
@@ -64,6 +66,7 @@ def verify(
     lines = [
         f"signature: good, by key {result['key_id']}" if result["signed"] else "signature: not checked",
         *(f"unchanged: {name}" for name in result["files"]),
+        *(f"not signed: {name}" for name in result["not_signed"]),
         f"ledger head: {result['ledger']['head']}",
         budget_line(epsilon, result["delta"], result["unit"], private=result["private"]),
     ]

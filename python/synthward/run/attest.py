@@ -44,6 +44,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:synthward:privacy-statement:v1"
 # Of a run: what is released or says what was.
 RUN_FILES = (MODEL_FILE, ENCODER_FILE, SCHEMA_FILE, RUN_FILE, LEDGER_FILE)
+AUDIT_FILE = "audit.json"
 _LIBRARIES = ("cryptography", "dp-accounting", "numpy", "torch")
 # Epsilon is computed anew; a library's last bits may differ between machines.
 _TOLERANCE = 1e-6
@@ -53,23 +54,28 @@ def new_key(path: Path) -> Path:
     """Write a fresh Ed25519 key pair: ``path`` (mode 0600) and, beside it, the public key, which is returned.
 
     Raises:
-        OutputError: one of the files exists, or can not be written.
+        OutputError: one of the files exists, or can not be written; then neither is left behind.
     """
     public = path.with_suffix(".pub.pem")
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    for file, data, mode in ((path, secret, 0o600), (public, _pem(key.public_key()), 0o644)):
-        try:
+    made: list[Path] = []
+    try:
+        for file, data, mode in ((path, secret, 0o600), (public, _pem(key.public_key()), 0o644)):
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        except FileExistsError:
+            made.append(file)
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
+                os.fsync(handle.fileno())
+    except OSError as error:
+        # Half a pair is of no use, and would be in the way of the next attempt.
+        for written in made:
+            written.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
             raise OutputError(f"{file}: exists already; a key is never overwritten") from None
-        except OSError as error:
-            raise OutputError(f"{file}: can not be written ({error.strerror})") from None
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            os.fsync(handle.fileno())
+        raise OutputError(f"{file}: can not be written ({error.strerror})") from None
     return public
 
 
@@ -89,7 +95,9 @@ def sign_run(run: Path, key_file: Path, cohorts: Sequence[Path] = ()) -> Path:
     if not folder.is_complete:
         raise CheckpointError(f"{run}: training is unfinished; finish it with `synthward fit --resume`")
     key = _private_key(key_file)
-    files = [folder.path / name for name in RUN_FILES] + list(cohorts)
+    # What an audit found is shown in the privacy statement, so that it is vouched for like the rest.
+    audits = [folder.path / AUDIT_FILE] if (folder.path / AUDIT_FILE).is_file() else []
+    files = [folder.path / name for name in RUN_FILES] + audits + list(cohorts)
     names = [file.name for file in files]
     if len(set(names)) != len(names):
         raise ConfigError("--cohort: two files have the same name; rename one, so that each can be told")
@@ -120,7 +128,8 @@ def verify_run(run: Path, public_key: Path | None = None, cohorts: Sequence[Path
         cohorts: where signed cohorts lie, if not in the run's folder or beside it.
 
     Returns:
-        The signed predicate, with ``signed`` (whether a signature was checked), ``key_id`` and ``files``.
+        The signed predicate, with ``signed`` (whether a signature was checked), ``key_id``, ``files``, and
+        ``not_signed``: what else lies in the run's folder, for which nobody vouches.
 
     Raises:
         PrivacyError: whatever does not match, by name.
@@ -138,12 +147,14 @@ def verify_run(run: Path, public_key: Path | None = None, cohorts: Sequence[Path
         if name not in subjects:
             raise PrivacyError(f"{places[name]}: is not named by {envelope_file}")
     for name, digest in subjects.items():
-        found = _locate(folder.path, name, places)
-        if _sha256(found) != digest:
-            raise PrivacyError(f"{found}: is not the file that was signed (its SHA-256 differs)")
+        for found in _locate(folder.path, name, places):
+            if _sha256(found) != digest:
+                raise PrivacyError(f"{found}: is not the file that was signed (its SHA-256 differs)")
     _check_predicate(envelope_file, statement["predicate"], _predicate(folder.ledger_path))
     signer = None if key is None else key_id(key)
-    return {**statement["predicate"], "signed": key is not None, "key_id": signer, "files": list(subjects)}
+    others = {file.name for file in folder.path.iterdir()} - {*subjects, ATTESTATION_FILE}
+    found_out = {"signed": key is not None, "key_id": signer, "files": list(subjects)}
+    return {**statement["predicate"], **found_out, "not_signed": sorted(others)}
 
 
 def key_id(key: Ed25519PublicKey) -> str:
@@ -233,15 +244,18 @@ def _is_signed(key: Ed25519PublicKey, signature: bytes, payload_type: str, paylo
     return True
 
 
-def _locate(folder: Path, name: str, places: dict[str, Path]) -> Path:
-    if name in RUN_FILES:
-        return folder / name
-    for place in (places.get(name), folder / name, folder.absolute().parent / name):
-        if place is not None and place.is_file():
-            return place
-    raise PrivacyError(
-        f"{name}: was signed with the run and is not here; say where it lies with --cohort FILE"
-    )
+def _locate(folder: Path, name: str, places: dict[str, Path]) -> list[Path]:
+    """Where a signed file lies. A cohort may be in the folder and beside it: whichever is used has to be the one."""
+    if name in (*RUN_FILES, AUDIT_FILE):
+        return [folder / name]
+    if name in places:
+        return [places[name]]
+    found = [place for place in (folder / name, folder.absolute().parent / name) if place.is_file()]
+    if not found:
+        raise PrivacyError(
+            f"{name}: was signed with the run and is not here; say where it lies with --cohort FILE"
+        )
+    return found
 
 
 def _sha256(file: Path) -> str:
@@ -252,6 +266,8 @@ def _sha256(file: Path) -> str:
         raise CheckpointError(f"{file}: is missing") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: is a folder; name each file of the cohort") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: can not be read ({error.strerror})") from None
 
 
 def _pem(key: Ed25519PublicKey) -> bytes:
