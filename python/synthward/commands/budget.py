@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, emit, interruptible
+from synthward.commands.common import Json, emit, epsilon_up, interruptible
 
 ACTIONS = ("create", "show", "cancel")
 
@@ -81,15 +81,15 @@ def _lines(result: dict[str, Any]) -> list[str]:
     named = f" of {result['dataset']}" if result["dataset"] else ""
     lines = [
         f"budget{named}: epsilon {result['epsilon']:g} at delta {result['delta']:g}, privacy unit: {result['unit']}",
-        f"spent: {result['spent']:.4g}",
-        f"spent and reserved: {result['spent_and_reserved']:.4g}",
+        f"spent: {epsilon_up(result['spent'])}",
+        f"spent and reserved: {epsilon_up(result['spent_and_reserved'])}",
         f"head: {result['head']}",
     ]
     if result["runs"]:
         width = max(len(run["run_id"]) for run in result["runs"])
         lines.append(f"{'run':{max(width, 3)}}  {'state':9}  epsilon by itself")
         lines += [
-            f"{run['run_id']:{max(width, 3)}}  {run['state']:9}  {run['epsilon']:.4g}"
+            f"{run['run_id']:{max(width, 3)}}  {run['state']:9}  {epsilon_up(run['epsilon'])}"
             for run in result["runs"]
         ]
     return lines

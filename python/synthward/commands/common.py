@@ -63,7 +63,13 @@ def remark(text: str) -> None:
     print(f"synthward: {text}", file=sys.stderr, flush=True)
 
 
+def epsilon_up(epsilon: float) -> str:
+    """Epsilon with up to three decimals, upwards: a shown figure never promises more than what it was made from."""
+    # The small tolerance keeps 3.0000000000000004 from being shown as 3.001.
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.12g}" if math.isfinite(epsilon) else str(epsilon)
+
+
 def budget_line(epsilon: float, delta: float, unit: str, *, private: bool) -> str:
     """The budget in words; a seeded run is never shown without what it is."""
-    spent = f"epsilon spent: {epsilon:.4g} at delta {delta:g}, privacy unit: {unit}"
+    spent = f"epsilon spent: {epsilon_up(epsilon)} at delta {delta:g}, privacy unit: {unit}"
     return spent if private else f"{spent} (REPRODUCIBLE, NOT PRIVATE: the noise follows from the seed)"
