@@ -85,6 +85,7 @@ def fit(
     chosen = parse_settings(settings or [])
     if learning_rate is not None:
         chosen["learning_rate"] = learning_rate
+    check_bands(noise, bands)
     given = {
         "accountant": accountant,
         "steps": steps,
@@ -127,6 +128,16 @@ def fit(
         budget_line(spent["epsilon"], delta, spent["unit"], private=spent["private"]),
     ]
     emit(result, lines, as_json=json)
+
+
+def check_bands(noise: str | None, bands: int | None) -> None:
+    """Refuse bands for noise that has none, so that nobody believes to have what was left out."""
+    from synthward.engine.errors import ConfigError
+
+    if bands is not None and noise not in ("banded", "banded-inverse"):
+        raise ConfigError(
+            f"--bands: has no meaning with --noise {noise or 'independent'}; leave it out, or give --noise banded"
+        )
 
 
 def say_head_room(info: dict[str, Any]) -> None:

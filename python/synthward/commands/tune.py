@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from synthward.commands.common import Json, budget_line, emit, interruptible, remark
-from synthward.commands.fit import load_declared, spent_budget
+from synthward.commands.fit import check_bands, load_declared, spent_budget
 from synthward.progress import make_progress
 
 STOPPED = "what had begun is charged whole and can not go on; the trials were deleted, and a new selection costs anew"
@@ -87,6 +87,7 @@ def tune(
             "--resume: a selection can not go on: what a second one sees of the records is not paid for by the first; "
             "begin another one, at a cost of its own"
         )
+    check_bands(noise, bands)
     given = {
         "steps": steps,
         "sample_rate": sample_rate,

@@ -8,7 +8,7 @@ from typing import Any
 
 from synthward.engine import PrivacyPlan
 from synthward.engine.accounting import calibrate_noise
-from synthward.engine.accounting.events import StepsEvent, TruncatedPoissonGaussianEvent
+from synthward.engine.accounting.events import StepsEvent, TruncatedPoissonGaussianEvent, check_count
 from synthward.engine.accounting.head_room import HeadRoom, cost_of_cap, head_room
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.correlation import banded_inverse_strategy, banded_strategy, blt_strategy
@@ -57,6 +57,8 @@ class Mechanism:
         if noise not in NOISES:
             raise ConfigError(f"noise: got {noise!r}; choose one of {', '.join(NOISES)}")
         NoiseSpec(1.0, None, arithmetic)
+        if max_units is not None:
+            check_count("max units", max_units)
         if noise == "independent":
             cap = None
             if max_units is not None:
@@ -68,6 +70,7 @@ class Mechanism:
                 f"noise: {noise!r} goes with float arithmetic and without --max-units; leave these out, or use "
                 "independent noise"
             )
+        check_count("bands", bands)
         if noise == "banded":
             if isinstance(bands, bool) or not isinstance(bands, int) or not 1 <= bands <= steps:
                 raise ConfigError(f"bands: got {bands!r}; give a whole number from 1 to the number of steps")
