@@ -87,3 +87,12 @@ def test_odd_entries_are_left_out(tmp_path):
     assert [fact.name for fact in audit_section(facts).table] == ["unnamed", "x"]
     assert facts.audit is not None and facts.audit.claimed_epsilon is None
     assert facts.audit.checks[1].lower_bound is None and facts.audit.checks[1].passed is None
+
+
+def test_an_audit_of_another_run_is_not_shown_as_this_one_s(tmp_path):
+    data = {"claimed_epsilon": 3.0, "delta": 1e-5, "checks": [STEP, GUESSES]}
+    own = audited(tmp_path / "run", data)
+    assert audited(tmp_path / "own", data | {"run_id": own.run_id}).audit is not None
+    facts = audited(tmp_path / "other", data | {"run_id": "0" * 16})
+    assert facts.audit is None and facts.custodian_checks == ()
+    assert STEP["name"] not in write_documents(facts).model_dump_json()

@@ -13,17 +13,19 @@ from synthward.report.documents import Audit, AuditCheck
 _READ = ("name", "passed", "lower_bound", "claimed", "from_records", "releasable")
 
 
-def read_audit(path: Path) -> tuple[Audit | None, tuple[AuditCheck, ...]]:
+def read_audit(path: Path, run_id: str) -> tuple[Audit | None, tuple[AuditCheck, ...]]:
     """The audit in ``path`` as it may be released, and the checks that stay with the custodian.
 
-    None where there is no audit, or one that gives no delta for its bounds. Parts that can not be read are left out.
+    None where there is no audit, one that says that it is of another run than ``run_id``, or one that gives no delta
+    for its bounds. Parts that can not be read are left out.
     A check counts as one that used real records unless it says ``"from_records": false``.
     """
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
         return None, ()
-    delta = _number(data.get("delta")) if isinstance(data, Mapping) else None
+    is_own = isinstance(data, Mapping) and data.get("run_id", run_id) == run_id
+    delta = _number(data.get("delta")) if is_own else None
     if delta is None or not 0.0 < delta < 1.0:
         return None, ()
     checks = data.get("checks")

@@ -155,7 +155,7 @@ def read_facts(run: Path, budget: Path | None = None) -> RunFacts:
     # Noisy numbers are public only where a query for them was charged, and where its noise is secret.
     counted = guarantee is not None and any(isinstance(event, QUERIES) for event in flatten(events))
     encoder = (_read_json(run / ENCODER_FILE) or {}) if counted else {}
-    audit, checks = read_audit(run / AUDIT_FILE)
+    audit, checks = read_audit(run / AUDIT_FILE, header["run_id"])
     target = header["target_epsilon"]
     kinds = [line["kind"] for line in lines]
     return RunFacts(
