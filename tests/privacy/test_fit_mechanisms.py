@@ -74,6 +74,7 @@ def test_batches_of_one_static_size_are_told_and_charged(tmp_path):
 def test_more_units_than_declared_spend_nothing(tmp_path):
     with pytest.raises(ConfigError, match="max_units"):
         fit_run(**settings(tmp_path, max_units=50, accountant="pld"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def fit_run(
     claim = Claim(budget_file, run_id, unit, RELATION)
     with claim.reserved(_planned({**asdict(budget), "mechanism": mechanism.to_dict()})):
         train = read_training_records(data, schema, options.holdout, salt, progress)
+        mechanism.check_units(train.num_units)
         if overwrite and out.exists():
             shutil.rmtree(out)
         keys = _new_keys(options.seed)

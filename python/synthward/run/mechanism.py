@@ -80,6 +80,14 @@ class Mechanism:
             return cls(1.0, period, blt_strategy(steps, _BUFFERS, period))
         return cls(1.0, period, banded_inverse_strategy(steps, min(bands, steps)))
 
+    def check_units(self, units: int) -> None:
+        """`ConfigError`, before anything is spent, for more units than were declared. For the custodian alone."""
+        if self.max_units is not None and units > self.max_units:
+            raise ConfigError(
+                f"max_units: there are more units than the {self.max_units} that were declared; raise --max-units "
+                "(it is public), or leave it out"
+            )
+
     def event(self, noise_multiplier: float, steps: int) -> StepsEvent:
         """What `steps` steps cost."""
         sampling = SamplingSpec(self.sample_rate, 1.0, self.period, self.max_batch_size, self.max_units)
