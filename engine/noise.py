@@ -7,7 +7,9 @@ Fresh noise, noise that is correlated over steps by a strategy matrix, or intege
 from __future__ import annotations
 
 import math
+import os
 import weakref
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,18 +46,24 @@ class NoiseSource:
     """Gives each release its noise.
 
     Guarantees: a (stream, step) is given out once, whatever fails afterwards; with a strategy C the noise of release t
-    is row t of ``C^-1 z`` with z fresh in each release, and a run that would have to go back is refused.
+    is row t of ``C^-1 z`` with z fresh in each release, and a run that would have to go back is refused. A fork
+    or a copy would give the same noise out again: both are refused.
     """
 
     def __init__(self, spec: NoiseSpec, flat: FlatParameters, keys: KeySchedule) -> None:
         self._strategy, self._key, self._stream = spec.strategy, keys.key("noise"), next_stream(keys)
-        self._released, self._is_open = 0, False
+        self._released, self._is_open, self._process = 0, False, os.getpid()
         self._state: Tensor | None = None
         if self._strategy is not None and state_slots(self._strategy):
             self._state = flat.data.new_zeros(state_slots(self._strategy), len(flat.data))
 
     def next(self, std: float) -> Noise:
         """The noise of the next release, at this standard deviation of z."""
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "this process is a fork of the one that made the training step, and would repeat its noise; wrap "
+                "module and optimizer after the fork"
+            )
         if self._is_open and self._strategy is not None:
             raise PrivacyError(
                 "an update failed half way, and with it the state of the correlated noise; resume from the last "
@@ -70,6 +78,9 @@ class NoiseSource:
         correlation = Correlation(taps, weights, decays, gains, self._state)
         variance = std**2 * noise_variance(self._strategy, step)
         return Noise(self._key, self._stream, step, std, correlation, variance)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a source of noise can not be copied or pickled: the copy would repeat it")
 
     def close(self) -> None:
         """The release is done."""
