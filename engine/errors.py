@@ -6,6 +6,9 @@ from __future__ import annotations
 class SynthwardError(Exception):
     """Base of every error that is the user's to mend, not a bug."""
 
+    # Of several processes that end for one reason, one says so.
+    is_told = False
+
 
 class ConfigError(SynthwardError):
     """An option or argument is unusable."""
@@ -41,3 +44,7 @@ class LedgerError(PrivacyError):
 
 class UnsupportedOperationError(PrivacyError):
     """A parameter is used by an operation whose per-unit gradients the engine does not compute."""
+
+
+class RankLostError(SynthwardError):
+    """Another process of the same run stopped or can not be reached."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from synthward.engine.errors import ConfigError
 
-Purpose = Literal["noise", "sampler", "queries", "canaries"]
+if TYPE_CHECKING:
+    from synthward.engine.distributed.ranks import Ranks
+
+Purpose = Literal["noise", "sampler", "queries", "canaries", "training"]
 _DOMAIN = b"synthward/v1/"
 
 
@@ -37,6 +40,11 @@ class KeySchedule:
     def from_os(cls) -> KeySchedule:
         """A fresh schedule from the operating system's random source."""
         return cls(secrets.token_bytes(32), is_private=True)
+
+    @classmethod
+    def shared(cls, ranks: Ranks) -> KeySchedule:
+        """A fresh schedule that all processes of a run have; it goes through the group's own connections once."""
+        return cls(ranks.broadcast(secrets.token_bytes(32) if ranks.is_main else b""), is_private=True)
 
     @classmethod
     def reproducible(cls, seed: int) -> KeySchedule:

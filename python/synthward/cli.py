@@ -99,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
+    if getattr(error, "is_told", False):
+        # Another process of this run has said it.
+        return USER_ERROR
     line = _one_line(error)
     if line is not None:
         _say(f"error: {line}")

@@ -1,0 +1,189 @@
+"""The processes of one run, as `torch.distributed` numbers them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from synthward.engine.errors import ConfigError, RankLostError, SynthwardError
+
+T = TypeVar("T")
+
+# The longest that one process waits for another in one exchange: reading records and calibrating noise take place
+# while the others wait.
+PATIENCE_SECONDS = 600.0
+_LOST = (
+    "another process of this run stopped or can not be reached; all of them end here. Steps since the last checkpoint "
+    "are charged and lost"
+)
+
+
+class Ranks:
+    """The processes that train (or sample) together; one process without a group is the usual case.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        group: the process group of all exchanges, or None.
+
+    Guarantees: an exchange with a process that died ends in a `RankLostError`, at the latest when the group's time
+    limit is over.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, store: dist.Store | None = None) -> None:
+        self.group, self._store = group, store
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        # Where small things of Python are exchanged.
+        self._device: torch.device | None = None
+        if group is not None and "gloo" not in str(dist.get_backend_config(group)):
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One process."""
+        return cls(None)
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """The processes of torch's default group, where there is one of more than one process; else this one alone."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls.alone()
+        return cls(dist.group.WORLD)
+
+    @classmethod
+    @contextmanager
+    def join(cls, patience: float = PATIENCE_SECONDS) -> Iterator[Ranks]:
+        """Take part in the group that `torchrun` describes in the environment, if it does; leave it at the end.
+
+        Args:
+            patience: seconds after which an exchange is given up.
+
+        Raises:
+            ConfigError: the environment describes no group that can be joined.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+            yield cls.current()
+            return
+        store = _join(timedelta(seconds=patience))
+        try:
+            yield cls(dist.group.WORLD, store)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which reads, writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str | None:
+        """ "gloo" or "nccl": who exchanges tensors; None for one process."""
+        return None if self.group is None else str(dist.get_backend(self.group))
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value (anything that can be pickled), on all."""
+        if self.group is None:
+            return value
+        values: list[Any] = [value]
+        with self.exchanging():
+            dist.broadcast_object_list(values, group=self.group, group_src=0, device=self._device)
+        return values[0]  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank, on all."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self.exchanging():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on all; an error there is raised on all."""
+        if self.group is None:
+            return work()
+        if not self.is_main:
+            return self._follow()
+        try:
+            value = work()
+        except BaseException as error:
+            self.broadcast(error if isinstance(error, SynthwardError) else RankLostError(_LOST))
+            raise
+        self.broadcast(_Done(value))
+        return value
+
+    def _follow(self) -> Any:
+        found = self.broadcast(None)
+        if isinstance(found, _Done):
+            return found.value
+        assert isinstance(found, SynthwardError)
+        # Rank 0 has said what went wrong.
+        found.is_told = True
+        raise found
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        self.gather(None)
+
+    def all_have(self, value: object) -> bool:
+        """Whether `value` is equal on all ranks."""
+        return self.group is None or len(set(self.gather(value))) == 1
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Turns what an exchange raises when another process is gone into a `RankLostError`."""
+        try:
+            yield
+        except SynthwardError:
+            raise
+        except (dist.DistError, RuntimeError) as error:
+            lost = RankLostError(_LOST)
+            lost.is_told = not self._is_first_to_tell()
+            raise lost from error
+
+    def _is_first_to_tell(self) -> bool:
+        """Whether no other rank has said yet that one was lost."""
+        if self._store is None:
+            return True
+        try:
+            return int(self._store.add("lost", 1)) == 1
+        except (dist.DistError, RuntimeError):
+            return True
+
+
+class _Done:
+    """The result of something that rank 0 did."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _join(patience: timedelta) -> dist.Store:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this machine has {torch.cuda.device_count()} GPUs and {local + 1} processes or more; start at most "
+                "one for each (torchrun --nproc-per-node)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore("synthward", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the other processes can not be reached ({error}); start all by torchrun"
+        ) from None
+    return store
