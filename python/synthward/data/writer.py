@@ -10,7 +10,6 @@ continues after the last whole part.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -24,12 +23,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from synthward.data.arrow import arrow_schema
+from synthward.data.disk import ROW_GROUP, ParquetOutput, disk_reason, sync_folder, write_synced
 from synthward.engine.errors import OutputError
 from synthward.schema import Schema
 
-_ROW_GROUP = 65_536
 _STATE_VERSION = 1
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CohortWriter:
@@ -70,7 +68,7 @@ class CohortWriter:
         self._folder = self.path.with_name(self.path.name + ".parts")
         self._final_temporary = self.path.with_name(f".{self.path.name}.partial")
         self._parts: list[Path] = []
-        self._part: _ParquetFile | None = None
+        self._part: ParquetOutput | None = None
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = 0
         self._part_rows = 0
@@ -90,7 +88,7 @@ class CohortWriter:
             self._pending_rows += batch.num_rows
             self._part_rows += batch.num_rows
             self.rows_done += batch.num_rows
-            if self._pending_rows >= _ROW_GROUP:
+            if self._pending_rows >= ROW_GROUP:
                 self._flush_rows()
             if self._part_rows >= self._rows_per_part:
                 self._close_part()
@@ -111,7 +109,7 @@ class CohortWriter:
                 self._final_temporary.replace(self.path)
             finally:
                 self._final_temporary.unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             self._remove_folder()
         self._finished = True
         return self.path
@@ -196,19 +194,13 @@ class CohortWriter:
             "schema": self._schema.fingerprint(),
             "merging": merging,
         }
-        temporary = self._folder / "state.json.tmp"
-        with temporary.open("w") as file:
-            file.write(json.dumps(state) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / "state.json")
-        _sync_folder(self._folder)
+        write_synced(self._folder / "state.json", (json.dumps(state) + "\n").encode())
 
     def _flush_rows(self) -> None:
         if not self._pending:
             return
         if self._part is None:
-            self._part = _ParquetFile(self._part_temporary, self._arrow_schema)
+            self._part = ParquetOutput(self._part_temporary, self._arrow_schema)
         self._part.write(pa.Table.from_batches(self._pending))
         self._pending.clear()
         self._pending_rows = 0
@@ -224,7 +216,7 @@ class CohortWriter:
         self._part.close()
         path = self._folder / _part_name(len(self._parts))
         self._part_temporary.replace(path)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         self._parts.append(path)
         self._part = None
         self._part_rows = 0
@@ -244,7 +236,7 @@ class CohortWriter:
                 os.fsync(file.fileno())
             return
         footer = {f"synthward.{key}": value for key, value in metadata.items()}
-        merged = _ParquetFile(self._final_temporary, self._arrow_schema.with_metadata(footer))
+        merged = ParquetOutput(self._final_temporary, self._arrow_schema.with_metadata(footer))
         try:
             for table in self._row_groups():
                 merged.write(table.replace_schema_metadata(footer))
@@ -285,9 +277,8 @@ class CohortWriter:
         except OSError as error:
             kept = len(self._parts)
             self.abort()
-            cause = "no space left on the disk" if error.errno in _FULL else (error.strerror or str(error))
             advice = f"; {kept} whole part(s) are kept, --resume continues after them" if kept else ""
-            raise OutputError(f"{self.path}: cannot be written: {cause}{advice}") from None
+            raise OutputError(f"{self.path}: cannot be written: {disk_reason(error)}{advice}") from None
 
 
 def check_output(path: Path) -> None:
@@ -298,29 +289,6 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder")
-
-
-class _ParquetFile:
-    """A Parquet file that is on the disk when `close` returns, and can be given up without complaint."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file: BinaryIO = path.open("wb")
-        self._writer = pq.ParquetWriter(self._file, schema)
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table, row_group_size=_ROW_GROUP)
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        # The library's writer closes itself when collected, which would raise once more on a full disk.
-        self._writer.is_open = False
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 def _part_name(number: int) -> str:
@@ -339,12 +307,3 @@ def _plain(schema: Schema, table: pa.Table) -> pa.Table:
             values = pc.strftime(values.cast(pa.timestamp("s")), format=column.format)
         arrays.append(values)
     return pa.Table.from_arrays(arrays, names=table.column_names)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
