@@ -14,6 +14,8 @@ Everything goes to standard error; standard output belongs to results.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
 from collections import deque
@@ -128,6 +130,11 @@ class _ShownTask(Task):
             self.closed = True
             self._draw(self)
 
+    @property
+    def broke_off(self) -> bool:
+        """Whether it ended before its first item: the error that follows tells more than a count of nothing."""
+        return self.closed and self.done == 0 and self.total != 0
+
     def counts(self) -> str:
         """Items done, as ``120/1,000 (12%)``."""
         if self.total is None:
@@ -142,7 +149,7 @@ class _ShownTask(Task):
             parts.append(f"{_clock_time(self._clock() - self._started)} taken")
         elif rate is not None and self.total is not None and self.total > self.done:
             parts.append(f"{_clock_time((self.total - self.done) / rate)} left")
-        parts += [f"{k} {_short(v) if isinstance(v, float) else v}" for k, v in self.fields.items()]
+        parts += [f"{name} {_shown(name, value)}" for name, value in self.fields.items()]
         return ", ".join(parts)
 
 
@@ -165,7 +172,8 @@ class LineProgress(Progress):
         print(text, file=self._stream, flush=True)
 
     def _line(self, task: _ShownTask) -> None:
-        self.note(", ".join(filter(None, [f"{task.name}: {task.counts()}", task.details()])))
+        if not task.broke_off:
+            self.note(", ".join(filter(None, [f"{task.name}: {task.counts()}", task.details()])))
 
 
 class BarProgress(Progress):
@@ -196,6 +204,9 @@ class BarProgress(Progress):
         bar = self._bars.add_task(name, total=total, counts="", details="")
 
         def draw(task: _ShownTask) -> None:
+            if task.broke_off:
+                self._bars.remove_task(bar)
+                return
             # An open-ended task that is closed has an end after all; a broken-off one keeps its bar as it is.
             end = task.done if task.closed and task.total is None else task.total
             self._bars.update(
@@ -211,9 +222,24 @@ class BarProgress(Progress):
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
-    """Bars when ``stream`` (default: standard error) is a terminal, plain lines otherwise."""
+    """Bars when ``stream`` (default: standard error) is a terminal, plain lines otherwise.
+
+    Of several processes that `torchrun` started, the first shows what all of them do and the others nothing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        return NullProgress()
     stream = stream or sys.stderr
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
+
+
+def _shown(name: str, value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    if name == "epsilon" and math.isfinite(value) and value > 0.0:
+        # Upwards, so that less is never claimed than was spent.
+        unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+        value = math.ceil(value / unit - 1e-6) * unit
+    return _short(value)
 
 
 def _short(value: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 
+import pytest
+
 from synthward.progress import BarProgress, LineProgress, NullProgress, make_progress
 
 
@@ -15,6 +17,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def lines_of(steps: list[tuple[float, int]], total: int | None) -> list[str]:
@@ -55,7 +64,45 @@ def test_an_open_end_has_no_time_left():
 
 def test_nothing_done_divides_by_nothing():
     assert lines_of([], 0) == ["fit: 0/0 (0%), 0:00:00 taken"]
-    assert lines_of([(0, 0), (0, 0)], 10)[0].startswith("fit: 0/10")
+    assert lines_of([(0, 0), (6.0, 0)], 10)[0].startswith("fit: 0/10")
+
+
+@pytest.mark.parametrize("total", [None, 10])
+def test_work_that_broke_off_before_its_first_item_says_nothing(total):
+    assert lines_of([(0, 0)], total) == lines_of([], total) == []
+    stream = Terminal()
+    with BarProgress(stream) as progress:
+        progress.task("read", total).close()
+    assert "read" not in stream.getvalue().split("\x1b[2K")[-1], "what stays on the screen"
+    assert len(lines_of([(0, 3)], total)) == 1, "what was done is told"
+
+
+def test_an_epsilon_is_rounded_up():
+    stream = io.StringIO()
+    task = LineProgress(stream).task("fit", 1)
+    task.advance(1, epsilon=2.9712, loss_scale=2.9712)
+    task.close()
+    assert "epsilon 2.98" in stream.getvalue() and "loss_scale 2.97" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("environment", "shows"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, False),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, True),
+        ({"RANK": "3"}, True),
+        ({}, True),
+    ],
+)
+def test_of_several_processes_the_first_shows(monkeypatch, environment, shows):
+    """A RANK without a WORLD_SIZE is of another launcher: the process works alone."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert isinstance(make_progress(io.StringIO()), LineProgress if shows else NullProgress)
+    assert isinstance(make_progress(Terminal()), BarProgress if shows else NullProgress)
 
 
 def test_at_counts_from_the_whole():
@@ -66,10 +113,6 @@ def test_at_counts_from_the_whole():
 
 
 def test_a_file_gets_lines_and_a_terminal_bars():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     assert isinstance(make_progress(io.StringIO()), LineProgress)
     stream = Terminal()
     progress = make_progress(stream)
