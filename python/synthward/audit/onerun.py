@@ -30,8 +30,8 @@ from synthward.engine.errors import ConfigError
 from synthward.generators import Batch, DiffusionGenerator, Generator
 from synthward.progress import NullProgress
 from synthward.run import RunFolder
+from synthward.run.cohort import CHUNK_ROWS, CohortSampler
 from synthward.run.fit import train_run
-from synthward.run.sampling import CHUNK_ROWS, CohortSampler
 from synthward.schema import Schema
 
 #: Canary records of one run.

@@ -35,6 +35,7 @@ from synthward.generators.registry import make_settings
 from synthward.progress import NullProgress, Progress
 from synthward.run.budget import QUERY_SHARE
 from synthward.run.claim import Claim
+from synthward.run.cohort import CohortSampler
 from synthward.run.fit import (
     RELATION,
     FitOptions,
@@ -45,7 +46,6 @@ from synthward.run.fit import (
 )
 from synthward.run.folder import ENCODER_FILE, MODEL_FILE, RunFolder
 from synthward.run.mechanism import Mechanism
-from synthward.run.sampling import CohortSampler
 from synthward.run.score import SAMPLES, Score, tables_of
 from synthward.schema import Schema
 
