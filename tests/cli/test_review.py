@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from synthward.commands.common import budget_line, epsilon_up
+from synthward.engine.errors import ConfigError
 from tests.cli.test_attest import call, finished, place, verify
 from tests.commandline import assert_one_line_error
 
@@ -49,6 +50,34 @@ def test_a_bound_on_units_that_is_none_is_named(call, place, units):
     outcome = call(*words, "--out", place / "other", "--max-units", units)
     assert_one_line_error(outcome, "max units", str(units))
     assert not (place / "other").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--max-units", 900), ("--max-units", 900, "--resume")])
+def test_a_calibration_that_takes_seconds_is_told(call, place, monkeypatch, options):
+    def refuse(*_, **__):
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr("synthward.run.fit_run", refuse)
+    words = ["fit", place / "data.csv", "--schema", place / "schema.toml", "--epsilon", 1, "--delta", 1e-6]
+    outcome = call(*words, "--out", place / "run", *options)
+    assert_one_line_error(outcome, "that is all")
+    assert ("choosing the noise" in outcome.stderr) == (options == ("--max-units", 900))
+
+
+def test_a_rate_is_given_with_its_period(call, place):
+    """With groups that take turns, a rate says little without their number."""
+    words = ["fit", place / "data.csv", "--schema", place / "schema.toml", "--epsilon", 1, "--delta", 1e-6]
+    words += ["--out", place / "banded", "--steps", 4, "--accountant", "rdp", "--sample-rate", 0.1, "--json"]
+    outcome = call(*words, "--noise", "banded")
+    assert outcome.code == 0, outcome.stderr
+    found = json.loads(outcome.stdout)
+    assert (found["period"], found["sample_rate"]) == (4, 0.4), "8 bands by default, but no more than steps"
+
+
+def test_bands_that_were_asked_for_are_not_lessened(call, place):
+    words = ["fit", place / "data.csv", "--schema", place / "schema.toml", "--epsilon", 1, "--delta", 1e-6]
+    outcome = call(*words, "--out", place / "other", "--steps", 4, "--noise", "banded", "--bands", 8)
+    assert_one_line_error(outcome, "bands", "8")
 
 
 def test_half_a_key_pair_is_not_left_behind(call, place):
@@ -92,3 +121,11 @@ def test_an_audit_is_signed_with_the_run(call, place):
     assert_one_line_error(verify(call, place), "audit.json", "SHA-256")
     audit.unlink()
     assert_one_line_error(verify(call, place), "audit.json", "missing")
+
+
+def test_an_error_before_the_first_record_stands_alone(call, place):
+    (place / "strange.csv").write_text("a,b\n1,2\n")
+    words = ["fit", place / "strange.csv", "--schema", place / "schema.toml", "--epsilon", 1, "--delta", 1e-6]
+    outcome = call(*words, "--out", place / "other", "--steps", 4, "--accountant", "rdp")
+    assert_one_line_error(outcome, "strange.csv")
+    assert outcome.stderr.count("\n") == 1, outcome.stderr

@@ -53,6 +53,12 @@ class _Question:
     max_batch_size: int | None
     max_units: int | None
     period: int | None
+    bands: int | None
+
+    @property
+    def groups(self) -> int | None:
+        """Of cyclic sampling, by either name."""
+        return self.bands if self.period is None else self.period
 
 
 def account(
@@ -68,6 +74,7 @@ def account(
     max_batch_size: int | None = None,
     max_units: int | None = None,
     period: int | None = None,
+    bands: int | None = None,
 ) -> dict[str, Any]:
     """Account for DP-SGD.
 
@@ -80,7 +87,7 @@ def account(
         relation: "add_or_remove_one" or "replace_one".
         sampling: "poisson"; "truncated": Poisson, cut to ``max_batch_size`` (chosen with head-room if not given) of at
             most ``max_units`` units; "cyclic": Poisson from one of ``period`` groups after the other, for noise of at
-            most ``period`` bands; "none": every unit may be in every step.
+            most as many bands, which may be given in its place; "none": every unit may be in every step.
 
     Returns:
         epsilon, delta, noise_multiplier, sample_rate, steps, accountant, relation, sampling; with truncated sampling
@@ -101,6 +108,7 @@ def account(
         max_batch_size,
         max_units,
         period,
+        bands,
     )
     _check(question)
     if sampling == "none" and sample_rate is not None:
@@ -170,12 +178,12 @@ def _answer(question: _Question, cap: int | None) -> dict[str, Any]:
         cost: HeadRoom = cost_of_cap(event, delta, kind, relation)
         more = {"max_batch_size": cap, "max_units": event.max_units, "truncation_cost": cost.cost}
         return answer | more
-    return answer | ({"period": question.period} if question.sampling == "cyclic" else {})
+    return answer | ({"period": question.groups} if question.sampling == "cyclic" else {})
 
 
 def _events(question: _Question, cap: int | None) -> Callable[[float, float, int], Event]:
     """(sample rate, noise multiplier, steps) to the event of this way of sampling."""
-    units, period = question.max_units, question.period
+    units, period = question.max_units, question.groups
 
     def event_of(rate: float, noise: float, steps: int) -> Event:
         if cap is not None and units is not None:
@@ -224,17 +232,23 @@ def _check_sampling(question: _Question) -> None:
             f"--sampling: got {question.sampling!r}; choose one of {', '.join(SAMPLINGS)} (shuffled or fixed-size "
             "batches are not amplified: none)"
         )
-    own = {"truncated": ("max-units", "max-batch-size"), "cyclic": ("period",)}.get(question.sampling, ())
+    own = {"truncated": ("max-units", "max-batch-size"), "cyclic": ("period", "bands")}.get(
+        question.sampling, ()
+    )
     given = {
         "max-batch-size": question.max_batch_size,
         "max-units": question.max_units,
         "period": question.period,
+        "bands": question.bands,
     }
     for name, value in given.items():
         if value is not None and name not in own:
             raise ConfigError(f"--{name}: has no meaning with --sampling {question.sampling}")
         if value is not None:
             check_count(f"--{name}", value)
-    for name in own:
-        if given[name] is None and name != "max-batch-size":
-            raise ConfigError(f"--{name}: is missing; --sampling {question.sampling} needs it")
+    if question.sampling == "truncated" and question.max_units is None:
+        raise ConfigError("--max-units: is missing; --sampling truncated needs it")
+    if question.sampling == "cyclic" and question.groups is None:
+        raise ConfigError("--period: is missing; --sampling cyclic needs it (or --bands)")
+    if question.period is not None and question.bands is not None:
+        raise ConfigError("--bands: is another name of --period; give one of the two")

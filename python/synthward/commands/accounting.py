@@ -47,8 +47,9 @@ def account(
         int | None, typer.Option("--max-units", help="truncated: public upper bound of the number of units.")
     ] = None,
     period: Annotated[
-        int | None, typer.Option("--period", "--bands", help="cyclic: groups of units, and most bands.")
+        int | None, typer.Option("--period", help="cyclic: groups of units, and most bands.")
     ] = None,
+    bands: Annotated[int | None, typer.Option("--bands", help="cyclic: the same as --period.")] = None,
     json: Json = False,
 ) -> None:
     """Epsilon of a DP-SGD run, or the noise, rate or steps that a target epsilon allows."""
@@ -70,6 +71,7 @@ def account(
         max_batch_size=max_batch_size,
         max_units=max_units,
         period=period,
+        bands=bands,
     )
     if (line := head_room_line(result)) is not None:
         remark(line)

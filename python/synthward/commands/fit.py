@@ -108,6 +108,8 @@ def fit(
         remark("warning: --seed makes this run reproducible and NOT PRIVATE; never release what it makes")
     begin = time.perf_counter()
     with make_progress() as progress:
+        if max_units is not None and not resume:
+            progress.note("choosing the noise and a static batch size; this takes some seconds")
         folder = fit_run(
             data,
             declared,
@@ -174,9 +176,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 def spent_budget(folder: Any) -> dict[str, Any]:
     """What the run's ledger says was spent, beside the plan that it was spent on."""
+    from synthward.run.mechanism import Mechanism
+
     info = folder.info
     with folder.open_ledger(readonly=True) as ledger:
         epsilon = ledger.epsilon(info["delta"], info["accountant"])
     keys = ("run_id", "generator", "delta", "unit", "accountant", "private", "steps", "sample_rate")
     plan = {key: info[key] for key in (*keys, "noise_multiplier")}
+    # A rate is that of a unit of the group whose turn it is.
+    plan["period"] = Mechanism.from_info(info).period
     return {"epsilon": float(epsilon), "target_epsilon": info["epsilon"], **plan}

@@ -47,7 +47,7 @@ class FitOptions:
     physical_batch_size: int = 4096
     holdout: float = 0.2
     noise: str = "independent"
-    bands: int = 8
+    bands: int | None = None
     max_units: int | None = None
     arithmetic: str = "float"
     seed: int | None = None

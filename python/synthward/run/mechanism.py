@@ -16,6 +16,7 @@ from synthward.engine.errors import CheckpointError, ConfigError
 from synthward.engine.spec import NoiseSpec, SamplingSpec
 
 NOISES = ("independent", "banded", "blt", "banded-inverse")
+_BANDS = 8
 # Buffers of a buffered linear Toeplitz strategy; more gain less than a percent.
 _BUFFERS = 3
 
@@ -41,7 +42,7 @@ class Mechanism:
         delta: float,
         accountant: str = "pld",
         noise: str = "independent",
-        bands: int = 8,
+        bands: int | None = None,
         max_units: int | None = None,
         arithmetic: str = "float",
     ) -> Mechanism:
@@ -51,6 +52,7 @@ class Mechanism:
             noise: "independent", or a strategy that correlates it over steps. "banded" keeps the amplification of
                 sampling, each group being drawn from every `bands` steps; for the others each unit takes part once in
                 about ``1 / sample_rate`` steps and nothing is claimed of sampling.
+            bands: of "banded" and "banded-inverse"; None is 8, or as many as there are steps.
             max_units: public bound on the number of units: draws are then cut to a static size, chosen so that it costs
                 less than 1 % of epsilon.
         """
@@ -70,6 +72,7 @@ class Mechanism:
                 f"noise: {noise!r} goes with float arithmetic and without --max-units; leave these out, or use "
                 "independent noise"
             )
+        bands = min(_BANDS, steps) if bands is None else bands
         check_count("bands", bands)
         if noise == "banded":
             if isinstance(bands, bool) or not isinstance(bands, int) or not 1 <= bands <= steps:
