@@ -65,9 +65,13 @@ class CaptureState:
     def __init__(
         self, parameters: list[nn.Parameter], names: list[str], products: Products | None = None
     ) -> None:
-        self.parameters, self._names = parameters, names
+        self.parameters, self.names = parameters, names
         self.products = products or Products()
         self._positions = {id(parameter): i for i, parameter in enumerate(parameters)}
+        # What stands for a sharded parameter while its layer runs; held, so that an id is never another one's.
+        self._stand_ins: dict[int, nn.Parameter] = {}
+        # In the hooks of the sharding engine, which move parameters and compute nothing with them.
+        self.is_paused = False
         device = parameters[0].device
         # Each captured call takes the anchor as an input, so that it is in the graph even if its data is
         # not, and so that a real backward pass can be told from torch.autograd.grad, which leaves the
@@ -240,6 +244,13 @@ class CaptureState:
         recompute.captured_by = self  # type: ignore[attr-defined]
         frame.recompute_fn = recompute
 
+    def stand_in(self, position: int, parameter: nn.Parameter) -> None:
+        """`parameter` is a tracked one, whole, while a layer runs."""
+        if parameter is not self.parameters[position]:
+            self._stand_ins[id(parameter)] = parameter
+            self._positions[id(parameter)] = position
+        self.provenance.note_parameter(parameter)
+
     def position(self, value: object) -> int | None:
         """Index of a tracked parameter that takes a gradient, else None."""
         if isinstance(value, nn.Parameter) and value.requires_grad:
@@ -252,7 +263,7 @@ class CaptureState:
         return self.provenance.target(value) if position is None else position
 
     def name(self, target: Target) -> str:
-        return ", ".join(self._names[position] for position in positions_of(target))
+        return ", ".join(self.names[position] for position in positions_of(target))
 
     def refuse(self, parameter: object, operation: str, why: str) -> NoReturn:
         """Raise for a tracked parameter, or a weight computed from some."""
@@ -313,6 +324,8 @@ class CaptureMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._state.is_paused:
+            return func(*args, **kwargs)
         check = self._checks.get(func)
         if check is not None:
             check(*args, **kwargs)

@@ -28,7 +28,7 @@ _BOUND = "clipping.bound"
 
 
 def trainer_tensors(step: DPStep, steps_done: int) -> dict[str, Tensor]:
-    """The state of a step object as a flat dictionary of copies."""
+    """The state of a step object as a flat dictionary of copies. All ranks take part."""
     tensors = {f"{_PARAMETER}{span.name}": span.parameter.detach().clone() for span in step.flat}
     moments = optimizer_tensors(step.flat, step.optimizer, step.updater)
     tensors |= {f"{_OPTIMIZER}{key}": value for key, value in moments.items()}
@@ -59,9 +59,8 @@ def restore_tensors(step: DPStep, tensors: dict[str, Tensor]) -> int:
                 f"the checkpoint is of another network: parameter {name!r} has shape "
                 f"{list(saved[name].shape)}, expected {list(span.parameter.shape)}"
             )
-    with torch.no_grad():
-        for name, span in spans.items():
-            span.parameter.copy_(saved[name])
+    for name, span in spans.items():
+        step.flat.load(span, saved[name])
     moments = {k.removeprefix(_OPTIMIZER): v for k, v in tensors.items() if k.startswith(_OPTIMIZER)}
     load_optimizer_tensors(step.flat, step.optimizer, step.updater, moments)
     if step.quantile is not None:

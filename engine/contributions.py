@@ -8,7 +8,7 @@ it; flat clipping waits for the end of the backward pass.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -36,6 +36,7 @@ from synthward.engine.rules.uses import (
     merge_uses,
 )
 from synthward.engine.spec import ClipSpec
+from synthward.engine.sums import Sums
 
 # What a gradient that is computed again may differ by, relative to its norm (sums by atomics on a device).
 _REPEATED = 2.0**-16
@@ -73,7 +74,7 @@ class Contributions:
         batch: the rows and units.
         clip: the clipping rule.
         groups: its groups.
-        sums: the sum of each parameter, in its own shape; weighted sums are added to them.
+        sums: where weighted sums are added up.
         planner: chooses the method of each norm.
         observe: called with each group's index and the upper bounds of its units' norms [U], and the mask of
             units that count.
@@ -89,7 +90,7 @@ class Contributions:
         *,
         clip: ClipSpec,
         groups: Groups,
-        sums: list[Tensor],
+        sums: Sums,
         planner: Planner,
         observe: Callable[[int, Tensor, Tensor], None] | None = None,
         factors: list[tuple[Tensor, Tensor]] | None = None,
@@ -101,7 +102,7 @@ class Contributions:
         self._measure_only = measure_only or factors is not None
         self._norms = Norms()
         self._waiting: dict[int, list[Item]] = defaultdict(list)
-        device = sums[0].device
+        device = sums.device
         units = batch.layout.num_units
         self._states = [
             _Group(torch.zeros(units, device=device), error=torch.zeros(units, device=device))
@@ -197,10 +198,10 @@ class Contributions:
                 return target.transposed, OuterUse(use.output_grads, use.activations), layout
             if target.gathered is not None and isinstance(use, DiagonalUse):
                 position, ids = target.gathered
-                width = self._sums[position].shape[1]
+                rows, width = self._sums.shapes[position]
                 grads = use.unit_rows.reshape(-1, width)
                 ids = ids.reshape(-1).long().repeat(layout.num_units)
-                scatter = ScatterUse(ids, grads, len(self._sums[position]))
+                scatter = ScatterUse(ids, grads, rows)
                 return position, scatter, layout.expand(len(ids) // max(layout.num_units, 1))
         return target, use, layout
 
@@ -323,10 +324,9 @@ class Contributions:
         items = [(target, self._planner.widen(use), layout) for target, use, layout in items]
         merged = self._merge(items)
         if merged is None:
-            shapes = [total.shape for total in self._sums]
             chain = add_mixed_norms(
                 items,
-                shapes,
+                self._sums.shapes,
                 self._layout.num_units,
                 sq_norms,
                 row_sums,
@@ -395,7 +395,7 @@ class Contributions:
         for target in targets:
             if not isinstance(target, Part | Span) or target.position != positions_of(targets[0])[0]:
                 return False
-            ranges.append(flat_range(target, self._sums[target.position].shape))
+            ranges.append(flat_range(target, self._sums.shapes[target.position]))
         ranges.sort()
         return all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
 
@@ -419,9 +419,15 @@ class Contributions:
         self._biases = {id(u.unit_rows) for _, u, _ in group.items if isinstance(u, DiagonalUse)}
         self._biases |= {id(u.output_grads) for _, u, _ in group.items if isinstance(u, BiasOfOuter)}
         group.items.reverse()
+        left = Counter(p for target, _, _ in group.items for p in positions_of(target))
         while group.items:
             # Released one by one, as its sum is there.
-            self._sum(group.items.pop(), factors, is_bad, index)
+            item = group.items.pop()
+            self._sum(item, factors, is_bad, index)
+            for position in positions_of(item[0]):
+                left[position] -= 1
+                if not left[position]:
+                    self._sums.done(position)
         self._biases = set()
         self._planner.free()
 
@@ -437,7 +443,7 @@ class Contributions:
             )
         use = self._planner.widen(use)
         self.most_rows = max(self.most_rows, use.rows)
-        if isinstance(target, Derived) and self._sums[0].dtype == torch.float64:
+        if isinstance(target, Derived) and self._sums.dtype == torch.float64:
             raise UnsupportedOperationError(
                 f"parameter {self._state.name(target)!r}: it is computed from others (weight norm, a merge of "
                 "adapters), and arithmetic='discrete' needs sums of parameters themselves; use arithmetic='float'"
@@ -452,7 +458,7 @@ class Contributions:
         if isinstance(target, Derived):
             add_derived_sum(target, use, weights, self._sums)
         elif isinstance(target, Part | Span):
-            start, stop = flat_range(target, self._sums[target.position].shape)
+            start, stop = flat_range(target, self._sums.shapes[target.position])
             use.add_weighted_sum(weights, self._sums[target.position].view(-1)[start:stop])
         else:
             use.add_weighted_sum(weights, self._sums[target])

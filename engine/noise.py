@@ -16,7 +16,7 @@ from torch import Tensor
 
 from synthward.engine.correlation import noise_schedule, noise_variance, state_slots
 from synthward.engine.errors import CheckpointError, PrivacyError
-from synthward.engine.flat import FlatParameters
+from synthward.engine.flat import Parameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.optim import Noise
 from synthward.engine.spec import ClipSpec, NoiseSpec
@@ -50,12 +50,12 @@ class NoiseSource:
     or a copy would give the same noise out again: both are refused.
     """
 
-    def __init__(self, spec: NoiseSpec, flat: FlatParameters, keys: KeySchedule) -> None:
+    def __init__(self, spec: NoiseSpec, flat: Parameters, keys: KeySchedule) -> None:
         self._strategy, self._key, self._stream = spec.strategy, keys.key("noise"), next_stream(keys)
         self._released, self._is_open, self._process = 0, False, os.getpid()
         self._state: Tensor | None = None
         if self._strategy is not None and state_slots(self._strategy):
-            self._state = flat.data.new_zeros(state_slots(self._strategy), len(flat.data))
+            self._state = torch.zeros(state_slots(self._strategy), flat.own_size, device=flat.device)
 
     def next(self, std: float) -> Noise:
         """The noise of the next release, at this standard deviation of z."""
@@ -109,22 +109,20 @@ class DiscreteSums:
     rounded Gaussian is that Gaussian, added to the integer and then rounded: post-processing of the Gaussian mechanism.
     """
 
-    def __init__(self, flat: FlatParameters, clip: ClipSpec) -> None:
-        self.flat = torch.zeros_like(flat.data, dtype=torch.float64)
-        self._released = flat.summed_grad
-        self.sums = [span.view(self.flat) for span in flat]
-        bound = clip.sensitivity()
-        self.grid = 2.0 ** math.floor(math.log2(bound * _GRID_SHARE / math.sqrt(len(flat.data))))
-        self.sensitivity = bound * (1.0 + _SUM_SHARE) + math.sqrt(len(flat.data)) * self.grid
+    def __init__(self, flat: Parameters, clip: ClipSpec) -> None:
+        self.sums = flat.new_sums(torch.float64)
+        self._flat, bound = flat, clip.sensitivity()
+        self.grid = 2.0 ** math.floor(math.log2(bound * _GRID_SHARE / math.sqrt(flat.size)))
+        self.sensitivity = bound * (1.0 + _SUM_SHARE) + math.sqrt(flat.size) * self.grid
         self._units = self._rows = 0
 
     def count(self, units: int, rows: int) -> None:
-        """Note the units and rows of a physical batch.
+        """Note the units and rows of a physical batch; other ranks have batches of the same size.
 
         Raises:
             PrivacyError: so many that the bound on rounding does not hold.
         """
-        self._units, self._rows = self._units + units, self._rows + rows
+        self._units, self._rows = self._units + units * self._flat.ranks.world_size, self._rows + rows
         if float(self._units) * self._rows > _MOST_TERMS:
             raise PrivacyError(
                 f"arithmetic='discrete': a step of {self._units} units and {self._rows} rows is more than its bound on "
@@ -133,18 +131,21 @@ class DiscreteSums:
 
     def release(self, noise: Noise) -> None:
         """Round, add the noise and leave the result, float32, where the update reads it; the sums are zero then."""
-        discrete_release_(
-            self.flat,
-            self._released,
-            key=noise.key,
-            stream=noise.stream,
-            step=noise.step,
-            grid=self.grid,
-            noise_std=noise.std,
-        )
+        for piece in self._flat.pieces:
+            discrete_release_(
+                self.sums.own(piece.at, len(piece.param)),
+                self._flat.sums.own(piece.at, len(piece.param)),
+                key=noise.key,
+                stream=noise.stream,
+                step=noise.step,
+                start=piece.start,
+                grid=self.grid,
+                noise_std=noise.std,
+            )
+        self.sums.release()
         self._units = self._rows = 0
 
     def discard(self) -> None:
         """Drop what was accumulated."""
-        self.flat.zero_()
+        self.sums.drop()
         self._units = self._rows = 0

@@ -171,6 +171,11 @@ class Provenance:
         if not tensor.is_inference():
             self._constants[id(tensor)] = (tensor, tensor._version)
 
+    def note_parameter(self, tensor: Tensor) -> None:
+        """It stands in the module in the place of a parameter."""
+        if self._module is not None:
+            self._note(tensor)
+
     def note_read(self, func: Any, args: tuple[Any, ...]) -> None:
         """``func(*args)`` has run on data."""
         if func in _READS and args[0].is_floating_point():

@@ -116,15 +116,34 @@ class CyclicPoissonSampler(PoissonSampler):
 
 
 def physical_batches(
-    unit_indices: NDArray[np.int64], physical_batch_size: int, *, at_least: int = 1
+    unit_indices: NDArray[np.int64],
+    physical_batch_size: int,
+    *,
+    at_least: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[NDArray[np.int64]]:
     """Split a draw into batches of one static size, padded with -1; an empty draw is one padded batch.
+
+    With several ranks each has a stretch of the draw (`rank_part`), in as many batches as all others.
 
     `at_least`: the number of batches where a cap on the draw makes it public (static shapes in every step).
     """
     if physical_batch_size < 1:
         raise ValueError(f"physical_batch_size: got {physical_batch_size}, expected at least 1")
-    count = max(1, at_least, math.ceil(len(unit_indices) / physical_batch_size))
+    start, stop = rank_part(len(unit_indices), rank, world_size)
+    longest = math.ceil(len(unit_indices) / world_size)
+    count = max(1, at_least, math.ceil(longest / physical_batch_size))
     padded = np.full(count * physical_batch_size, -1, dtype=np.int64)
-    padded[: len(unit_indices)] = unit_indices
+    padded[: stop - start] = unit_indices[start:stop]
     return list(padded.reshape(count, physical_batch_size))
+
+
+def rank_part(units: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and last (exclusive) place in a draw of `units` that is a rank's: stretches that differ by one at most,
+    the first ones longer."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank}, expected 0 to {world_size - 1}")
+    each, more = divmod(units, world_size)
+    start = rank * each + min(rank, more)
+    return start, start + each + (rank < more)

@@ -303,7 +303,7 @@ class PrivateSession:
                 )
 
     def _layout(self, forward: _Forward) -> Layout:
-        device = self.core.flat.data.device
+        device = self.core.flat.device
         if forward.unit_ids is None:
             return Layout.uniform(forward.rows, 1, device)
         return Layout.from_ids(forward.unit_ids.to(device))
@@ -394,7 +394,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "GradScaler: the losses were scaled and make_private does not know by what; give it "
                 "grad_scaler=scaler"
             )
-        found = torch.zeros((), device=self.session.core.flat.data.device)
+        found = torch.zeros((), device=self.session.core.flat.device)
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found.device: found}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

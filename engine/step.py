@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
 from synthward.engine.contributions import Contributions, Groups
+from synthward.engine.distributed.agreement import check_agreement
+from synthward.engine.distributed.exchange import sum_over
+from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError
-from synthward.engine.flat import FlatParameters
+from synthward.engine.flat import wrap_parameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
 from synthward.engine.noise import DiscreteSums, NoiseSource
@@ -45,12 +48,15 @@ class DPStep:
         expected_batch_size: float,
         keys: KeySchedule,
         perf: PerfSpec | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         check_modules(module)
         noise.check(clip)
         keep_freed_memory()
+        self.ranks = Ranks.current() if ranks is None else ranks
+        check_agreement(self.ranks, module, optimizer, keys, clip, noise, expected_batch_size)
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
-        self.flat = FlatParameters(module, optimizer)
+        self.flat = wrap_parameters(module, optimizer, self.ranks)
         self.updater = make_updater(self.flat, optimizer)
         names = [span.name for span in self.flat]
         self.planner = Planner(perf or PerfSpec(), names)
@@ -60,10 +66,12 @@ class DPStep:
         self.state = CaptureState([span.parameter for span in self.flat], names, products)
         self.state.start_pass = self.start_pass
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
-        self.has_sum = False
+        self.flat.watch(self.state)
+        self.has_sum = self.is_last_pass = False
         self._grad_scale = 1.0 / expected_batch_size
         self.source = NoiseSource(noise, self.flat, keys)
         self.discrete = DiscreteSums(self.flat, clip) if noise.arithmetic == "discrete" else None
+        self.sums = self.flat.sums if self.discrete is None else self.discrete.sums
         self._is_private = keys.is_private
 
     @contextmanager
@@ -72,7 +80,7 @@ class DPStep:
         self.flat.check_unchanged(allow_frozen=True)
         check_modules(self.module)
         self.state.forward += 1
-        self.state.rows_hint, self.state.forward_bytes = None, 0
+        self.state.rows_hint, self.state.forward_bytes, self.state.is_paused = None, 0, False
         self.state.provenance.begin(self.module)
         assert self.state.mode is not None
         try:
@@ -91,12 +99,14 @@ class DPStep:
         """The contributions of one backward pass over `batch`."""
         if self.quantile is not None:
             self.groups.bounds[0] = self.quantile.bound
+        if not measure_only:
+            self.sums.begin_pass(is_last=self.is_last_pass)
         return Contributions(
             self.state,
             batch,
             clip=self.clip,
             groups=self.groups,
-            sums=self.flat.sums if self.discrete is None else self.discrete.sums,
+            sums=self.sums,
             planner=self.planner,
             observe=None if self.quantile is None or factors is not None else self.quantile.observe,
             factors=factors,
@@ -106,16 +116,19 @@ class DPStep:
     def finish(self, contributions: Contributions | None) -> None:
         """Clip the units of one physical batch and add the weighted sums to the flat buffer."""
         self.has_sum = True
-        if contributions is not None:
+        if contributions is None:
+            self.sums.begin_pass(is_last=self.is_last_pass)
+        else:
             with torch.no_grad():
                 contributions.finish()
             contributions.check_finished()
             if self.discrete is not None:
                 self.discrete.count(contributions.num_units, contributions.most_rows)
             self.state.consume(contributions.forwards)
+        self.sums.end_pass()
 
     def release(self) -> None:
-        """Add noise, update the parameters, and leave the sum at zero.
+        """Add noise, update the parameters, and leave the sum at zero. All ranks take part.
 
         Raises:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
@@ -123,15 +136,16 @@ class DPStep:
         self.check_coverage()
         bound = self._sensitivity()
         std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
+        self.sums.complete()
         if self.quantile is not None:
+            self.quantile.complete(self.ranks)
             self.quantile.tap(is_private=self._is_private)
-        sums = self.flat.summed_grad if self.discrete is None else self.discrete.flat
-        tap("step", sums, sensitivity=bound, is_private=self._is_private, noise_std=std)
+        tap("step", self.sums.flat, sensitivity=bound, is_private=self._is_private, noise_std=std)
         noise = self.source.next(std)
         with torch.no_grad():
             if self.quantile is not None:
                 # The first index behind the parameters: no coordinate of theirs has it.
-                self.quantile.release(self.source.scalar(noise, len(self.flat.data)))
+                self.quantile.release(self.source.scalar(noise, self.flat.size))
             if self.discrete is not None:
                 self.discrete.release(noise)
                 noise = replace(noise, std=0.0, variance=noise.std**2)
@@ -172,7 +186,7 @@ class DPStep:
         if self.discrete is not None:
             self.discrete.discard()
         if self.has_sum or is_spoilt:
-            self.flat.summed_grad.zero_()
+            self.flat.sums.drop()
             self.has_sum = False
 
 
@@ -206,6 +220,12 @@ class Quantile:
         below = (norms <= self.bound).float() - 0.5
         found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
         self._total = found if self._total is None else self._total + found
+
+    def complete(self, ranks: Ranks) -> None:
+        """Add up the counts of all ranks."""
+        if ranks.world_size > 1:
+            total = torch.zeros((), dtype=torch.float64) if self._total is None else self._total
+            self._total = sum_over(ranks, total)
 
     def tap(self, *, is_private: bool) -> None:
         """Show the count to a recording (`synthward.engine.replay`); it is released with the sum, after this."""

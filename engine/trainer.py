@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
+from synthward.engine.distributed.ledger import SharedLedger, check_ledger
+from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import (
     BudgetExceededError,
     CheckpointError,
@@ -46,11 +48,14 @@ class PrivateTrainer:
         ledger: where steps are paid for, or None (then nothing is recorded: tests, or a caller that
             accounts).
         perf: how the step is computed (memory against time).
+        ranks: the processes that train together, each on whole units of its own; None: those of torch's default group,
+            if there is one. A module on which `fully_shard` was called stays sharded.
 
     Guarantees:
         - one unit moves the sum that is released by at most ``plan.max_grad_norm`` (L2);
         - exactly one Gaussian draw per coordinate and logical step, empty batches included;
         - the sum is divided by ``plan.expected_batch_size``, never by the number of units present;
+        - the same noise, and the same release up to the order of sums, for any number of ranks;
         - no step beyond ``plan.steps``, and none that no lease of the ledger covers.
     """
 
@@ -61,10 +66,13 @@ class PrivateTrainer:
         plan: PrivacyPlan,
         *,
         keys: KeySchedule,
-        ledger: Ledger | None = None,
+        ledger: Ledger | SharedLedger | None = None,
         perf: PerfSpec | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.plan, self.ledger, self.perf = plan, ledger, perf or PerfSpec()
+        self.ranks = Ranks.current() if ranks is None else ranks
+        check_ledger(self.ranks, ledger)
         self._step = DPStep(
             module,
             optimizer,
@@ -73,6 +81,7 @@ class PrivateTrainer:
             expected_batch_size=plan.expected_batch_size,
             keys=keys,
             perf=self.perf,
+            ranks=self.ranks,
         )
         self._probe = IndependenceProbe(self._step.state)
         self._layouts: dict[tuple[int, int], Layout] = {}
@@ -102,6 +111,7 @@ class PrivateTrainer:
         offsets: Tensor | None = None,
         unit_mask: Tensor | None = None,
         loss_scale: float = 1.0,
+        is_last: bool = False,
     ) -> None:
         """One backward pass over a physical batch; each unit is clipped and added to the step's sum.
 
@@ -113,6 +123,8 @@ class PrivateTrainer:
             unit_mask: bool [U]; a unit with False (padding) weighs nothing.
             loss_scale: the losses are multiplied by it for the backward pass, and gradients are divided by it
                 before they are clipped (fp16; a power of two). A constant, never a function of the records.
+            is_last: no other physical batch follows in this step on this rank: sums are on their way to other ranks
+                while later ones form. It changes nothing else.
 
         Raises:
             UnsupportedOperationError: units mix, or rows do not fit the units.
@@ -123,6 +135,7 @@ class PrivateTrainer:
         if unit_mask is not None and (unit_mask.dtype != torch.bool or unit_mask.shape != losses.shape):
             raise ConfigError(f"unit_mask: expected bool [{len(losses)}]")
         check_positive(loss_scale, "loss_scale")
+        self._step.is_last_pass = is_last
         try:
             if layout.num_units and not losses.requires_grad:
                 raise PrivacyError(
@@ -136,7 +149,7 @@ class PrivateTrainer:
                 self._probe.check(losses, _unit_weights(losses), layout)
                 self._backward(losses, loss_scale)
             else:
-                self._step.has_sum = True
+                self._step.finish(None)
         except BaseException:
             self._step.discard()
             raise
@@ -183,7 +196,8 @@ class PrivateTrainer:
         self._steps_done += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters, moments and step counter as a flat dictionary of tensors (copies); no key, no sum.
+        """Parameters, moments and step counter as a flat dictionary of tensors (copies); no key, no sum. With several
+        ranks all of them take part: replicas have whole tensors, sharded parameters give DTensors.
 
         Raises:
             CheckpointError: in the middle of a logical step, where a sum without noise is held.

@@ -111,7 +111,8 @@ class Ranks:
         if self.group is None:
             return work()
         if not self.is_main:
-            return self._follow()
+            followed: T = self._follow()
+            return followed
         try:
             value = work()
         except BaseException as error:

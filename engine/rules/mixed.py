@@ -12,6 +12,7 @@ from synthward.engine.capture import positions_of
 from synthward.engine.layout import Layout, Length, longer
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
 from synthward.engine.rules.uses import Norms, Use, Weights
+from synthward.engine.sums import Sums
 
 
 def add_mixed_norms(
@@ -83,9 +84,9 @@ def _carry_back(target: Derived, grads: Tensor, *, is_batched: bool) -> dict[int
     return {p: grad for p, grad in zip(positions, found, strict=True) if grad is not None}
 
 
-def add_derived_sum(target: Derived, use: Use, weights: Weights, sums: list[Tensor]) -> None:
+def add_derived_sum(target: Derived, use: Use, weights: Weights, sums: Sums) -> None:
     """Add the weighted sum of a use of a computed weight to the sums of the parameters behind it."""
     total = torch.zeros(target.graph.shape, dtype=torch.float32, device=target.graph.device)
     use.add_weighted_sum(weights, total)
     for position, grad in _carry_back(target, total, is_batched=False).items():
-        sums[position] += grad
+        sums[position].add_(grad)

@@ -1,0 +1,307 @@
+"""Parameters that `fully_shard` (FSDP2) has spread over the ranks: each owns some rows of each.
+
+Forward and backward passes see a layer's whole parameters while it runs, which FSDP gathers and frees. The clipped sum
+of a parameter is formed whole, one at a time, and reduced to its rows at once; noise, moments and update are of the
+rows alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from synthward.engine.capture import CaptureState
+from synthward.engine.distributed.exchange import Pending, start_reduce_scatter
+from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.errors import ConfigError, UnsupportedOperationError
+from synthward.engine.flat import Piece, Span, Spans
+
+# Reductions under way at once: each holds one parameter's whole sum.
+_IN_FLIGHT = 2
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether it is a tensor that is spread over ranks."""
+    return isinstance(parameter, DTensor)
+
+
+class ShardedParameters(Spans):
+    """The rows of all parameters that this rank has.
+
+    Attributes:
+        sums: the clipped sums of the step.
+        pieces: what this rank updates: its rows of each parameter.
+        own_size: number of coordinates that this rank owns.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        super().__init__(module, optimizer)
+        self.ranks = ranks
+        for span in self.spans:
+            _check_placement(span, ranks)
+            span.parameter.grad = None
+        self.device = _local(self.spans[0].parameter).device
+        self.note_places()
+        self.pieces = self._make_pieces()
+        self.own_size = sum(len(piece.param) for piece in self.pieces)
+        self.sums = self.new_sums(torch.float32)
+
+    def pointer(self, span: Span) -> int:
+        return _local(span.parameter).data_ptr()
+
+    def watch(self, state: CaptureState) -> None:
+        watch_layers(self.module, state)
+
+    def new_sums(self, dtype: torch.dtype) -> ShardedSums:
+        """Sums of all parameters, zero."""
+        shapes = [span.parameter.shape for span in self.spans]
+        lengths = [_local(span.parameter).numel() for span in self.spans]
+        return ShardedSums(shapes, lengths, self.ranks, dtype, self.device)
+
+    def _make_pieces(self) -> list[Piece]:
+        pieces, at = [], 0
+        for span in self.spans:
+            rows, width = _rows(span.parameter.shape)
+            first = min(self.ranks.rank * -(-rows // self.ranks.world_size), rows)
+            param = _local(span.parameter).view(-1)
+            if len(param):
+                pieces.append(Piece(span.group, span.start + first * width, at, param))
+            at += len(param)
+        return pieces
+
+    def share(self) -> None:
+        """Nothing: FSDP gathers what a layer needs."""
+
+    def released(self) -> list[Tensor]:
+        """What this rank has made of the sums that it owns, as tensors that are spread like the parameters."""
+        return self.spread(self.sums.flat, copy=False)
+
+    def spread(self, own: Tensor, *, copy: bool = True) -> list[Tensor]:
+        """A buffer over this rank's coordinates as a tensor for each parameter, spread as the parameter is."""
+        found: list[Tensor] = []
+        lengths = [_local(span.parameter).numel() for span in self.spans]
+        for span, part in zip(self.spans, torch.split(own, lengths), strict=True):
+            parameter = span.parameter
+            assert isinstance(parameter, DTensor)
+            local = part.view(_local(parameter).shape)
+            found.append(
+                DTensor.from_local(
+                    local.clone() if copy else local,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+            )
+        return found
+
+    def collect(self, values: Sequence[Tensor | None], own: Tensor) -> None:
+        """Inverse of `spread`, into `own`; what is None is left at zero. Whole tensors are taken, too."""
+        own.zero_()
+        lengths = [_local(span.parameter).numel() for span in self.spans]
+        for span, value, part in zip(self.spans, values, torch.split(own, lengths), strict=True):
+            if value is not None:
+                part.copy_(self._rows_of(span, value).reshape(-1))
+
+    def load(self, span: Span, value: Tensor) -> None:
+        """Give a parameter another value, in place; `value` is whole or spread as the parameter is."""
+        with torch.no_grad():
+            _local(span.parameter).copy_(self._rows_of(span, value))
+
+    def _rows_of(self, span: Span, value: Tensor) -> Tensor:
+        if isinstance(value, DTensor):
+            return value.to_local()
+        local = _local(span.parameter)
+        rows = span.parameter.shape[0]
+        first = min(self.ranks.rank * -(-rows // self.ranks.world_size), rows)
+        return value[first : first + local.shape[0]]
+
+
+class ShardedSums:
+    """`Sums` of parameters that are spread over ranks: a sum is whole only until it is complete."""
+
+    def __init__(
+        self,
+        shapes: list[torch.Size],
+        lengths: list[int],
+        ranks: Ranks,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes, self.dtype, self.device = shapes, dtype, device
+        self.flat = torch.zeros(sum(lengths), dtype=dtype, device=device)
+        self._parts = torch.split(self.flat, lengths)
+        self._ranks = ranks
+        self._whole: dict[int, Tensor] = {}
+        self._pending: list[Pending] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._done: set[int] = set()
+        # From the back, where the backward pass begins, and on all ranks in this order.
+        self._next = len(self.shapes) - 1
+        self._is_open = False
+
+    def __getitem__(self, position: int) -> Tensor:
+        rows, width = _rows(self.shapes[position])
+        if position not in self._whole:
+            # Rows of padding, so that all ranks have as many.
+            padded = -(-rows // self._ranks.world_size) * self._ranks.world_size
+            self._whole[position] = torch.zeros(padded * width, dtype=self.dtype, device=self.device)
+        return self._whole[position][: rows * width].view(self.shapes[position])
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._parts)
+
+    def begin_pass(self, *, is_last: bool) -> None:
+        self._forget()
+        self._is_open = True
+
+    def done(self, position: int) -> None:
+        self._done.add(position)
+        while self._next >= 0 and self._next in self._done:
+            self._start()
+
+    def end_pass(self) -> None:
+        # Sums that no unit of this rank reached are zero here, and others wait for them.
+        while self._next >= 0:
+            self._start()
+        for exchange in self._pending:
+            exchange.wait()
+        self._pending.clear()
+        self._forget()
+
+    def complete(self) -> None:
+        """Each pass has been reduced at its end."""
+
+    def _start(self) -> None:
+        if len(self._pending) >= _IN_FLIGHT:
+            self._pending.pop(0).wait()
+        self[self._next]
+        whole, part = self._whole.pop(self._next), self._parts[self._next]
+        if self._ranks.world_size == 1:
+            part += whole[: len(part)]
+        else:
+            self._pending.append(_Reduced(self._ranks, whole, part))
+        self._next -= 1
+
+    def own(self, at: int, length: int) -> Tensor:
+        return self.flat[at : at + length]
+
+    def release(self) -> None:
+        """What this rank owns is all there is."""
+
+    def drop(self) -> None:
+        if self._ranks.world_size > 1 and (
+            self._pending or (self._is_open and self._next < len(self.shapes) - 1)
+        ):
+            raise UnsupportedOperationError(
+                "a pass was given up while its sums were on their way to other ranks; end all processes and resume "
+                "from the last checkpoint"
+            )
+        self._whole.clear()
+        self.flat.zero_()
+        self._forget()
+
+
+class _Reduced(Pending):
+    """A sum on its way to the ranks that own its rows."""
+
+    def __init__(self, ranks: Ranks, whole: Tensor, part: Tensor) -> None:
+        rows = whole.new_empty(len(whole) // ranks.world_size)
+        self._inner, self._rows, self._part = start_reduce_scatter(ranks, whole, rows), rows, part
+
+    def wait(self) -> None:
+        self._inner.wait()
+        self._part += self._rows[: len(self._part)]
+
+
+def watch_layers(module: nn.Module, state: CaptureState) -> None:
+    """Tell the capture which whole parameter stands for which of its rows, and keep it out of FSDP's own hooks."""
+    known = weakref.ref(state)
+    names = {name: i for i, name in enumerate(state.names)}
+    for prefix, layer in module.named_modules():
+        places = {
+            key: names[f"{prefix}.{key}" if prefix else key]
+            for key, p in layer._parameters.items()
+            if p is not None and (f"{prefix}.{key}" if prefix else key) in names
+        }
+        if _is_unit(layer):
+            # Before and after FSDP's hooks, which were there first.
+            layer.register_forward_pre_hook(_Pause(known, is_paused=True), prepend=True)
+            layer.register_forward_pre_hook(_Pause(known, is_paused=False))
+            layer.register_forward_hook(_Pause(known, is_paused=True), prepend=True)
+            layer.register_forward_hook(_Pause(known, is_paused=False))
+        layer.register_forward_pre_hook(_Note(known, places))
+
+
+class _Pause:
+    def __init__(self, state: weakref.ref[CaptureState], *, is_paused: bool) -> None:
+        self._state, self._is_paused = state, is_paused
+
+    def __call__(self, *_: Any) -> None:
+        state = self._state()
+        if state is not None:
+            state.is_paused = self._is_paused
+
+
+class _Note:
+    def __init__(self, state: weakref.ref[CaptureState], places: dict[str, int]) -> None:
+        self._state, self._places = state, places
+
+    def __call__(self, layer: nn.Module, _: Any) -> None:
+        state = self._state()
+        if state is not None:
+            for key, position in self._places.items():
+                parameter = layer._parameters[key]
+                assert parameter is not None
+                state.stand_in(position, parameter)
+
+
+def _is_unit(layer: nn.Module) -> bool:
+    return isinstance(layer, FSDPModule)
+
+
+def _rows(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1:].numel()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    # Of the parameter itself, not of a copy: to_local of what needs no gradient is a view.
+    local: Tensor = parameter.detach().to_local()  # type: ignore[attr-defined]
+    return local
+
+
+def _check_placement(span: Span, ranks: Ranks) -> None:
+    parameter = span.parameter
+    if not isinstance(parameter, DTensor):
+        raise ConfigError(
+            f"parameter {span.name!r} is whole and others are sharded; call fully_shard on the whole module"
+        )
+    mesh = parameter.device_mesh
+    local = _local(parameter)
+    rows, width = _rows(parameter.shape) if parameter.dim() else (0, 0)
+    each = -(-rows // ranks.world_size)
+    expected = max(0, min(each, rows - ranks.rank * each)) * width
+    if (
+        mesh.ndim != 1
+        or mesh.size() != ranks.world_size
+        or tuple(parameter.placements) != (Shard(0),)
+        or local.numel() != expected
+        or not local.is_contiguous()
+    ):
+        raise UnsupportedOperationError(
+            f"parameter {span.name!r} is placed as {tuple(parameter.placements)} on a mesh of "
+            f"{tuple(mesh.shape)}; only fully_shard over all ranks of the run, by the first axis, is supported"
+        )
