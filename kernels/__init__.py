@@ -10,6 +10,8 @@ from synthward.kernels._select import Backend as Backend
 from synthward.kernels._select import available_isas as available_isas
 from synthward.kernels._select import cpu_isa as cpu_isa
 from synthward.kernels._select import force_isa as force_isa
+from synthward.kernels._select import is_shape as is_shape
+from synthward.kernels._select import leave_resizable as leave_resizable
 from synthward.kernels._select import uses_triton as uses_triton
 from synthward.kernels.conv import ConvShape as ConvShape
 from synthward.kernels.conv import conv_norms as conv_norms

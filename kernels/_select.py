@@ -7,14 +7,16 @@ import importlib.util
 import logging
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from synthward import _C
 
 Backend = Literal["auto", "reference", "cpp", "triton"]
-Choice = Literal["reference", "cpp", "triton"]
+Choice = Literal["reference", "cpp", "triton", "shapes"]
 
 _DTYPES_TRITON = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 _log = logging.getLogger("synthward.kernels")
@@ -37,12 +39,17 @@ def choose(
         triton: whether the operation has a Triton kernel.
         further: dtypes that the operation's compiled kernels take beside those.
 
+    Returns:
+        "shapes" where a tensor has a shape and no numbers (torch's FakeTensor): outputs are made, nothing is computed.
+
     Raises:
         ValueError: the backend is unknown, or was asked for and cannot take the tensors.
     """
     tensors = (*inputs, *written)
     if backend == "reference":
         return "reference"
+    if any(t is not None and is_shape(t) for t in tensors):
+        return "shapes"
     if backend == "triton":
         _demand_triton(inputs, written, triton, further)
         return "triton"
@@ -56,6 +63,11 @@ def choose(
     if triton and on_device and _fits_triton(inputs, written, "cuda", further) and _triton_found():
         return "triton"
     return "reference"
+
+
+def is_shape(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape and a type, but no numbers: a plan of a step, not a step."""
+    return isinstance(tensor, FakeTensor)
 
 
 def uses_triton(*inputs: Tensor | None) -> bool:
@@ -127,7 +139,25 @@ def _triton_found() -> bool:
 
 def view(tensor: Tensor) -> NDArray[Any]:
     """The tensor's own memory as an array."""
+    if _resizable:
+        return np.from_dlpack(tensor.detach())
     return tensor.detach().numpy()
+
+
+def leave_resizable() -> None:
+    """From now on memory that kernels have read may still be freed by whoever manages it (FSDP frees and restores the
+    storage of whole parameters). `Tensor.numpy` would end that for good; this costs a microsecond more a tensor.
+
+    Raises:
+        RuntimeError: this version of NumPy can not write to memory that it has in this way.
+    """
+    global _resizable
+    if not np.from_dlpack(torch.zeros(1)).flags.writeable:
+        raise RuntimeError("sharded parameters on a CPU need NumPy 2.1 or later")
+    _resizable = True
+
+
+_resizable = False
 
 
 def maybe_view(tensor: Tensor | None) -> NDArray[Any] | None:

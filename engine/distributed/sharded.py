@@ -21,6 +21,7 @@ from synthward.engine.distributed.exchange import Pending, start_reduce_scatter
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, UnsupportedOperationError
 from synthward.engine.flat import Piece, Span, Spans
+from synthward.kernels import leave_resizable
 
 # Reductions under way at once: each holds one parameter's whole sum.
 _IN_FLIGHT = 2
@@ -43,6 +44,7 @@ class ShardedParameters(Spans):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         super().__init__(module, optimizer)
         self.ranks = ranks
+        leave_resizable()
         for span in self.spans:
             _check_placement(span, ranks)
             span.parameter.grad = None
