@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data import default_collate as default_collate
 
+from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError
-from synthward.engine.sampling import Sampler
+from synthward.engine.sampling import Sampler, rank_part
 from synthward.engine.spec import SamplingSpec
 
 Collate = Callable[[list[Any]], Any]
@@ -22,8 +23,8 @@ Collate = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class Draw:
-    """One Poisson draw: its number, and per row of its batch the id of the row's unit (None: rows are
-    units)."""
+    """One Poisson draw, or this rank's part of it: its number, and per row of its batch the id of the row's unit (None:
+    rows are units)."""
 
     index: int
     rows: int
@@ -32,10 +33,12 @@ class Draw:
 
 class PoissonBatches:
     """Endless batch sampler: each item is the row indices of one fresh draw; one epoch is ``round(period / q)``
-    draws."""
+    draws. With several ranks all of them make the same draw, and each takes its own part of it."""
 
-    def __init__(self, sampler: Sampler, unit_ids: npt.NDArray[np.int64] | None) -> None:
-        self._sampler, self._next = sampler, 0
+    def __init__(
+        self, sampler: Sampler, unit_ids: npt.NDArray[np.int64] | None, ranks: Ranks | None = None
+    ) -> None:
+        self._sampler, self._next, self._ranks = sampler, 0, ranks or Ranks.alone()
         self.epoch_length = max(1, round(sampler.period / sampler.sample_rate))
         self.drawn: deque[Draw] = deque()
         self._unit_ids = unit_ids
@@ -52,6 +55,8 @@ class PoissonBatches:
         self.drawn.clear()
         for _ in range(self.epoch_length):
             units = self._sampler.draw(self._next)
+            start, stop = rank_part(len(units), self._ranks.rank, self._ranks.world_size)
+            units = units[start:stop]
             rows, ids = units, None
             if self._unit_ids is not None:
                 parts = [self._order[self._starts[u] : self._starts[u + 1]] for u in units]
@@ -63,7 +68,8 @@ class PoissonBatches:
 
 
 class PoissonLoader(DataLoader[Any]):
-    """A `DataLoader` over the same data set, by Poisson draws; `draw` is the one handed out last.
+    """A `DataLoader` over the same data set, by Poisson draws; `draw` is the one handed out last. With several ranks
+    each has its part of every draw.
 
     A batch has as many rows as were drawn, possibly none: it then has the right shapes with a batch axis of
     0.
@@ -75,6 +81,7 @@ class PoissonLoader(DataLoader[Any]):
         sampling: SamplingSpec,
         key: bytes,
         unit_ids: npt.NDArray[np.int64] | None,
+        ranks: Ranks | None = None,
     ) -> None:
         check_loader(loader)
         self.sampling = sampling
@@ -82,7 +89,7 @@ class PoissonLoader(DataLoader[Any]):
         if units == 0:
             raise ConfigError("data_loader: its data set is empty")
         self.draw: Draw | None = None
-        self._batches = PoissonBatches(sampling.sampler(units, key), unit_ids)
+        self._batches = PoissonBatches(sampling.sampler(units, key), unit_ids, ranks)
         collate = loader.collate_fn if loader.collate_fn is not None else default_collate
         super().__init__(
             loader.dataset,

@@ -91,3 +91,14 @@ def check_ledger(ranks: Ranks, ledger: object) -> None:
     """`ConfigError` where ranks would each go by a ledger of their own."""
     if ranks.world_size > 1 and ledger is not None and not isinstance(ledger, SharedLedger):
         raise ConfigError("ledger: several ranks share one; wrap it by SharedLedger(ranks, ledger or None)")
+
+
+def share_ledger(ranks: Ranks, ledger: Ledger | SharedLedger | None) -> Ledger | SharedLedger | None:
+    """The ledger as all ranks use it: rank 0's, if it has one. All ranks take part."""
+    if ranks.world_size == 1 or isinstance(ledger, SharedLedger):
+        return ledger
+    if not ranks.broadcast(ledger is not None):
+        if ledger is not None:
+            raise ConfigError("ledger: give it on rank 0, which charges for all")
+        return None
+    return SharedLedger(ranks, ledger)

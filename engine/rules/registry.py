@@ -43,9 +43,17 @@ HINTS = {
 }
 
 
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
 def check_modules(module: nn.Module) -> None:
     """`UnsupportedOperationError` for layers that mix the units of a batch, with what to use in their
     place."""
+    if type(module).__name__ in _WRAPPERS:
+        raise UnsupportedOperationError(
+            f"the module is wrapped in {type(module).__name__}, whose gradients would not be clipped; give the module "
+            "itself, or one that fully_shard (FSDP2) has sharded: the engine does the reduction over ranks"
+        )
     for name, layer in module.named_modules():
         kind, where = type(layer).__name__, f"layer {name!r} ({type(layer).__name__})"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:

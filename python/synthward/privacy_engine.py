@@ -22,6 +22,9 @@ from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.accounting.events import StepsEvent
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
+from synthward.engine.distributed.ledger import SharedLedger, share_ledger
+from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.distributed.sharded import is_sharded
 from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
@@ -46,7 +49,7 @@ class _Lease:
     steps: int = 0
     taken: int = 0
 
-    def close(self, ledger: Ledger, step: int) -> None:
+    def close(self, ledger: Ledger | SharedLedger, step: int) -> None:
         """Give back what was not used by logical step `step`. A step before the lease (of a checkpoint loaded in
         between) has used nothing that the ledger does not know of."""
         if self.steps:
@@ -60,21 +63,27 @@ class PrivacyEngine:
     Args:
         accountant: "pld" (default), "rdp" or "prv".
         ledger: where each step is charged before it is released, or None (the accountant's memory alone). Several
-            modules, of one engine or of several, may share one: `ledger.epsilon()` is then that of all of them.
+            modules, of one engine or of several, may share one: `ledger.epsilon()` is then that of all of them. With
+            several ranks: rank 0's, and None on the others.
         seed: None for keys from the operating system. A number makes noise and draws reproducible by
             anybody who knows it: for tests, not private.
+
+    Where a process group of torch.distributed has been initialized, the processes train together: all call the same
+    methods in the same order, each on its own part of every draw, and release what one process would (replicas, up to
+    the order of sums). `save_checkpoint` and the optimizer's `state_dict` are calls of all of them, too.
     """
 
     def __init__(
         self, accountant: str = "pld", *, ledger: Ledger | None = None, seed: int | None = None
     ) -> None:
+        self.ranks = Ranks.current()
         if seed is not None and ledger is not None and ledger.is_private:
             raise ConfigError(
                 "seed: the ledger says that its keys are secret, and noise from a seed is not; leave the seed out, or "
                 "create the ledger with private=False"
             )
         self.accountant = Accountant(accountant)
-        self.ledger, self._seed = ledger, seed
+        self.ledger, self._seed = share_ledger(self.ranks, ledger), seed
         self._sessions: list[PrivateSession] = []
         self._leases: list[_Lease] = []
         self._epsilons: dict[tuple[object, float], float] = {}
@@ -125,7 +134,8 @@ class PrivacyEngine:
             sample_rate: Poisson probability q. If None, the batch size over the number of units, which is
                 thereby treated as public.
             expected_batch_size: public denominator of the mean gradient, in units; the loader's batch size
-                if None.
+                if None. It is that of all ranks together; with `poisson_sampling=False`, where each rank has a loader
+                of its own, the default is their sum.
             unit_ids: one integer id per row of the data set: the loader then draws whole units, and forward
                 and backward run under `with engine.units():`.
             strategy: noise that is correlated over steps (`synthward.engine.correlation` makes strategies). Needs
@@ -239,7 +249,8 @@ class PrivacyEngine:
         info = {"events": [event.to_dict() for event in self._spent()], "kind": self.accountant.kind}
         if self.ledger is not None:
             info["ledger_head"] = self.ledger.head
-        save_checkpoint(path, trainer_tensors(session.core, session.steps_done), info)
+        tensors = trainer_tensors(session.core, session.steps_done)
+        self.ranks.lead(lambda: save_checkpoint(path, tensors, info))
 
     def load_checkpoint(self, path: Path | str) -> None:
         """Continue from `save_checkpoint`: the spent budget is added to this engine's own; keys are fresh
@@ -304,6 +315,9 @@ class PrivacyEngine:
             if loader.batch_size is None:
                 raise ConfigError("expected_batch_size: give it, the loader has no batch_size")
             expected = loader.batch_size
+            if not poisson:
+                # Each rank has a loader of its own, and a step is of all their batches.
+                expected *= self.ranks.world_size
         check_positive(expected, "expected_batch_size")
         if not poisson:
             if sample_rate is not None:
@@ -314,10 +328,11 @@ class PrivacyEngine:
             if units == 0:
                 raise ConfigError("data_loader: its data set is empty")
             sample_rate = min(1.0, expected / units)
-            logger.warning(
-                "make_private: sample_rate was not given and is the batch size over the number of units; "
-                "that number is thereby treated as public"
-            )
+            if self.ranks.is_main:
+                logger.warning(
+                    "make_private: sample_rate was not given and is the batch size over the number of units; "
+                    "that number is thereby treated as public"
+                )
         return SamplingSpec(sample_rate, expected)
 
     def _core(
@@ -336,8 +351,17 @@ class PrivacyEngine:
         if isinstance(optimizer, PrivateOptimizer):
             raise ConfigError("optimizer: is private already; give the original torch optimizer")
         # Each module has its own keys: two noise streams or two samplers never share words.
+        if Ranks.current().world_size != self.ranks.world_size:
+            raise ConfigError(
+                "torch.distributed was initialized after PrivacyEngine was made; make it after that"
+            )
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            raise ConfigError(
+                "the module is sharded by fully_shard, which needs batches of one size on all ranks; train it by "
+                "PrivateTrainer with physical_batches"
+            )
         keys = (
-            KeySchedule.from_os()
+            KeySchedule.shared(self.ranks)
             if self._seed is None
             else KeySchedule.reproducible(self._seed + len(self._sessions))
         )
@@ -350,6 +374,7 @@ class PrivacyEngine:
             expected_batch_size=sampling.expected_batch_size,
             keys=keys,
             perf=perf,
+            ranks=self.ranks,
         )
 
     def _open(
@@ -366,7 +391,7 @@ class PrivacyEngine:
         private_loader = None
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
-            private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids)
+            private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids, self.ranks)
         event = sampling.event(core.noise, 1)
         lease = _Lease("" if self.ledger is None else self.ledger.new_part(), event)
         if self.ledger is not None:
