@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from synthward.encoding.layout import Layout
+from synthward.generators.randomness import Randomness
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Generator(ABC):
         self.token_mass = torch.from_numpy(token_mass).float()
         # Added to the token logits when sampling; set by `calibrate`, zero until then.
         self.logit_shift = torch.zeros(layout.vocabulary)
-        column = torch.repeat_interleave(torch.arange(layout.tokens), torch.tensor(layout.token_sizes))
+        column = torch.from_numpy(np.repeat(np.arange(layout.tokens), layout.token_sizes))
         self.column_of_token = column
         self.membership = nn.functional.one_hot(column, max(layout.tokens, 1)).float()
 
@@ -62,8 +63,11 @@ class Generator(ABC):
         """Records drawn (with repetition) from a privacy unit at each step."""
 
     @abstractmethod
-    def unit_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """Losses [units] of a batch of ``records_per_unit`` records per unit; runs the private network."""
+    def unit_losses(self, batch: Batch, rng: Randomness | torch.Generator) -> Tensor:
+        """Losses [units] of a batch of ``records_per_unit`` records per unit; runs the private network.
+
+        Random numbers are asked for with one row per unit, so that a unit's do not depend on the batch it is in.
+        """
 
     @abstractmethod
     def after_step(self, step: int, steps: int, rng: torch.Generator) -> None:

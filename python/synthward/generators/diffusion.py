@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from synthward.encoding.layout import Layout
 from synthward.generators.base import Batch, Generator, average_into
 from synthward.generators.networks import ResidualMLP
+from synthward.generators.randomness import Randomness, as_randomness
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,19 @@ class DiffusionGenerator(Generator):
     def records_per_unit(self) -> int:
         return self.settings.draws
 
-    def unit_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        draws, layout = self.settings.draws, self.layout
+    def unit_losses(self, batch: Batch, rng: Randomness | torch.Generator) -> Tensor:
+        draws, layout, random = self.settings.draws, self.layout, as_randomness(rng)
         rows = len(batch.context)
         # Stratified times inside a unit: lower variance of its averaged gradient at the same cost.
-        start = torch.rand(rows // draws, 1, generator=rng)
+        start = random.uniform(rows // draws, 1)
         time = ((start + torch.arange(draws) / draws) % 1.0).reshape(rows, 1)
         label_row = torch.zeros(rows, 1, dtype=torch.bool)
         if layout.label is not None:
             label_row = (torch.arange(rows) % draws == 0).unsqueeze(1)
             time = torch.where(label_row, self.settings.label_time * time, time)
-        hidden = self._hide(time, label_row, rng)
+        hidden = self._hide(time, label_row, random)
         alpha, sigma = torch.cos(0.5 * math.pi * time), torch.sin(0.5 * math.pi * time)
-        noise = torch.randn(batch.scores.shape, generator=rng)
+        noise = random.normal(rows // draws, draws * layout.continuous).view(rows, layout.continuous)
         noisy = alpha * batch.scores + sigma * noise
         output = self.network(self._inputs(batch.tokens, hidden, noisy, time, batch.context))
         logits, velocity = output.split([layout.vocabulary, layout.continuous], dim=1)
@@ -159,16 +160,16 @@ class DiffusionGenerator(Generator):
         self.averaged.load_state_dict(kept)
         self.logit_shift = tensors["logit_shift"].clone()
 
-    def _hide(self, time: Tensor, label_row: Tensor, rng: torch.Generator) -> Tensor:
+    def _hide(self, time: Tensor, label_row: Tensor, random: Randomness) -> Tensor:
         """Which tokens are hidden, bool [rows, tokens]: at least one in every row."""
-        rows, columns = len(time), self.layout.tokens
+        rows, columns, draws = len(time), self.layout.tokens, self.settings.draws
         if not columns:
             return torch.zeros(rows, 0, dtype=torch.bool)
-        hidden = torch.rand(rows, columns, generator=rng) < time
+        hidden = random.uniform(rows // draws, draws * columns).view(rows, columns) < time
         if self.layout.label is not None:
             hidden[:, self.layout.label] |= label_row.squeeze(1)
         none = ~hidden.any(1)
-        spare = torch.randint(columns, (rows, 1), generator=rng)
+        spare = (random.uniform(rows // draws, draws).view(rows, 1) * columns).long()
         return hidden.scatter(1, spare, hidden.gather(1, spare) | none.unsqueeze(1))
 
     def _inputs(

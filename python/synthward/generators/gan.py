@@ -8,6 +8,7 @@ schedule costs no privacy. Several real records of a unit and as many fakes form
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from synthward.encoding.layout import Layout
 from synthward.generators.base import Batch, Generator, average_into
 from synthward.generators.networks import ResidualMLP
+from synthward.generators.randomness import Randomness, TorchRandomness, as_randomness
 
 # Discriminator steps per generator step, from the eager to the patient end.
 STEPS_PER_UPDATE = (1, 2, 5, 10, 20, 50)
@@ -76,12 +78,12 @@ class GanGenerator(Generator):
     def records_per_unit(self) -> int:
         return self.settings.draws
 
-    def unit_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def unit_losses(self, batch: Batch, rng: Randomness | torch.Generator) -> Tensor:
         draws = self.settings.draws
         units = len(batch.context) // draws
         real = torch.cat([self.one_hot(batch.tokens)[:, :-1], batch.scores], dim=1)
         with torch.no_grad():
-            fake = self._fake(self.network, batch.context, rng)
+            fake = self._fake(self.network, batch.context, as_randomness(rng), rows=draws)
         rows = torch.cat([real.view(units, draws, -1), fake.view(units, draws, -1)], dim=1).flatten(0, 1)
         context = batch.context.view(units, draws).repeat(1, 2).flatten()
         logits = self._discriminate(rows, context).view(units, 2, draws)
@@ -91,7 +93,7 @@ class GanGenerator(Generator):
         if (step + 1) % STEPS_PER_UPDATE[self._level]:
             return
         context = torch.randint(self.layout.contexts, (self.settings.generator_batch,), generator=rng)
-        fake = self._fake(self.network, context, rng)
+        fake = self._fake(self.network, context, TorchRandomness(rng))
         logits = self._discriminate(fake, context).squeeze(1)
         loss = nn.functional.softplus(-logits).mean()
         weights = list(self.network.parameters())
@@ -110,7 +112,7 @@ class GanGenerator(Generator):
     ) -> tuple[Tensor, Tensor]:
         """Draw rows; a GAN can not condition on tokens, so ``allowed`` is left to the caller's filter."""
         layout = self.layout
-        output = self._output(self.averaged, context, rng)
+        output = self._output(self.averaged, context, TorchRandomness(rng))
         logits, shift = output.split([layout.vocabulary, layout.continuous], dim=1)
         every = torch.arange(layout.tokens).expand(len(context), -1)
         tokens = self.draw_tokens(logits + self.logit_shift, every, rng)
@@ -149,23 +151,25 @@ class GanGenerator(Generator):
         if settled and self._fake_accuracy <= self.settings.raise_below:
             self._level = min(self._level + 1, len(STEPS_PER_UPDATE) - 1)
 
-    def _output(self, network: nn.Module, context: Tensor, rng: torch.Generator) -> Tensor:
-        latent = torch.randn(len(context), self.settings.latent, generator=rng)
+    def _output(self, network: nn.Module, context: Tensor, random: Randomness, rows: int = 1) -> Tensor:
+        latent = _numbers(random.normal, len(context), self.settings.latent, rows)
         situation = nn.functional.one_hot(context, self.layout.contexts).float()
         return network(torch.cat([latent, situation], dim=1))
 
-    def _fake(self, network: nn.Module, context: Tensor, rng: torch.Generator) -> Tensor:
-        """Fake rows float [R, vocabulary + continuous]: Gumbel-softmax tokens, straight through to one-hot."""
+    def _fake(self, network: nn.Module, context: Tensor, random: Randomness, rows: int = 1) -> Tensor:
+        """Fake rows float [R, vocabulary + continuous]: Gumbel-softmax tokens, straight through to one-hot.
+
+        `rows` of them are one unit's.
+        """
         layout = self.layout
-        output = self._output(network, context, rng)
+        output = self._output(network, context, random, rows)
         logits, shift = output.split([layout.vocabulary, layout.continuous], dim=1)
-        uniform = torch.rand(logits.shape, generator=rng).clamp(1e-12, 1.0 - 1e-7)
+        uniform = _numbers(random.uniform, len(context), layout.vocabulary, rows).clamp(1e-12, 1.0 - 1e-7)
         perturbed = (logits - torch.log(-torch.log(uniform))) / self.settings.temperature
         share = (perturbed - self.log_normalizers(perturbed)[:, self.column_of_token]).exp()
         hard = self._harden(share.detach())
-        return torch.cat(
-            [hard + share - share.detach(), shift + torch.randn(shift.shape, generator=rng)], dim=1
-        )
+        noise = _numbers(random.normal, len(context), layout.continuous, rows)
+        return torch.cat([hard + share - share.detach(), shift + noise], dim=1)
 
     def _harden(self, share: Tensor) -> Tensor:
         """One-hot of the largest share per token column, [R, vocabulary]."""
@@ -176,6 +180,11 @@ class GanGenerator(Generator):
     def _discriminate(self, rows: Tensor, context: Tensor) -> Tensor:
         situation = nn.functional.one_hot(context, self.layout.contexts).float()
         return self.discriminator(torch.cat([rows, situation], dim=1))
+
+
+def _numbers(draw: Callable[[int, int], Tensor], count: int, k: int, rows: int) -> Tensor:
+    """Random numbers [count, k] for rows of which `rows` each belong to one unit."""
+    return draw(count // rows, rows * k).view(count, k)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
