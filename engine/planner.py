@@ -49,10 +49,11 @@ class Planner:
     Args:
         perf: the user's settings.
         names: of the parameters, by position.
+        rates: of the machine; None for those that are measured on this one.
     """
 
-    def __init__(self, perf: PerfSpec, names: list[str]) -> None:
-        self.perf, self._names = perf, names
+    def __init__(self, perf: PerfSpec, names: list[str], rates: Rates | None = None) -> None:
+        self.perf, self._names, self._rates = perf, names, rates
         self._budget, self._used = 0.0, 0.0
         self.choices: dict[int, Choice] = {}
 
@@ -115,9 +116,9 @@ class Planner:
             named = [way for way in ways if way.method == self.perf.method]
             if named:
                 return named[0]
-        rates = measured_rates(device)
+        rates = self._rates or measured_rates(device)
         fits = [way for way in ways if way.memory <= 0.0 or self._used + way.memory <= self._budget]
-        return min(fits or ways[:1], key=lambda way: _seconds(way, rates))
+        return min(fits or ways[:1], key=lambda way: seconds(way, rates))
 
     def _note(self, position: int, way: Way) -> None:
         self.choices[position] = Choice(self._names[position], way.method, way.flops, way.bytes, way.memory)
@@ -165,7 +166,8 @@ def _converted(use: Use, old: torch.dtype, new: torch.dtype) -> Use:
     return replace(use, **changed)  # type: ignore[type-var]
 
 
-def _seconds(way: Way, rates: Rates) -> float:
+def seconds(way: Way | Choice, rates: Rates) -> float:
+    """What a way to a norm takes by these rates."""
     rate = rates.gram if way.method == "gram" else rates.tile
     return way.flops / rate + way.bytes / rates.bytes
 

@@ -8,6 +8,7 @@ import operator
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 STREAM_BITS = 15  # the sixteenth marks extension blocks, see _chacha.py
 STEP_BITS = 48
@@ -86,7 +87,7 @@ def unit_count(offsets: Tensor | None, rows: int) -> int:
         raise TypeError(f"offsets: has dtype {offsets.dtype}, expected torch.int64")
     if offsets.ndim != 1 or len(offsets) < 1:
         raise ValueError(f"offsets: has shape {list(offsets.shape)}, expected [U + 1]")
-    if offsets.device.type != "cpu":
+    if offsets.device.type != "cpu" or isinstance(offsets, FakeTensor):
         return len(offsets) - 1
     ends = offsets.numpy(force=True)
     if ends[0] != 0 or ends[-1] != rows or (ends[1:] < ends[:-1]).any():

@@ -8,6 +8,7 @@ form the gradients of a few units (`unit_grads`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -21,6 +22,7 @@ from synthward.engine.provenance import Part as Part
 from synthward.kernels import (
     diagonal_sq_norms,
     diagonal_weighted_sum,
+    is_shape,
     outer_norms,
     outer_sq_norms,
     outer_sum,
@@ -62,9 +64,17 @@ def _is_small(layout: Layout) -> bool:
     return layout.rows_per_unit is not None and layout.rows_per_unit <= _SMALL_GRAM
 
 
+# What tensors without numbers stand for, where a step is planned and not run (`synthward.engine.estimate`).
+planned_device: ContextVar[str] = ContextVar("planned_device", default="cpu")
+
+
 def is_compiled(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these."""
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return all(_place(t) == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _place(tensor: Tensor) -> str:
+    return planned_device.get() if is_shape(tensor) else tensor.device.type
 
 
 class Weights:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, Choice, choose
+from synthward.kernels._select import Backend, Choice, choose, is_shape
 from synthward.kernels.conv import cpp_impl, reference
 from synthward.kernels.conv.shape import ConvShape as ConvShape
 
@@ -63,7 +63,7 @@ def conv_norms(
         triton_impl.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums)
     elif chosen == "cpp" and len(images):
         cpp_impl.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums, None, method)
-    else:
+    elif chosen != "shapes":
         reference.norms(shape, images, output_grads, offsets, order, sq_norms, row_sums)
 
 
@@ -87,6 +87,8 @@ def conv_unit_grads(
         return grads
     if chosen == "cpp" and len(images):
         cpp_impl.norms(shape, images, output_grads, offsets, order, None, None, grads, "tile")
+        return grads
+    if chosen == "shapes":
         return grads
     return grads.copy_(reference.unit_grads(shape, images, output_grads, offsets, order))
 
@@ -116,6 +118,8 @@ def conv_sum(
         if len(images):
             cpp_impl.weighted_sum(shape, images, output_grads, row_weights, out)
         return
+    if chosen == "shapes":
+        return
     reference.weighted_sum(shape, images, output_grads, row_weights, out)
 
 
@@ -132,7 +136,7 @@ def _is_single(offsets: Tensor, images: Tensor) -> bool:
     if len(offsets) != len(images) + 1:
         return False
     # On a device it would take waiting to know; what runs there takes any units.
-    return offsets.device.type != "cpu" or bool((offsets.diff() == 1).all())
+    return offsets.device.type != "cpu" or is_shape(offsets) or bool((offsets.diff() == 1).all())
 
 
 def _check_rows(

@@ -42,7 +42,7 @@ def diagonal_sq_norms(
         from synthward.kernels.diagonal import triton_impl
 
         triton_impl.diagonal_sq_norms(rows, offsets, factors, out)
-    else:
+    elif chosen == "reference":
         out += reference.diagonal_sq_norms(rows, offsets, factors, units)
     return out
 
@@ -79,6 +79,6 @@ def diagonal_weighted_sum(
         from synthward.kernels.diagonal import triton_impl
 
         triton_impl.diagonal_weighted_sum(rows, row_weights, factors, out)
-    else:
+    elif chosen == "reference":
         reference.diagonal_weighted_sum(rows, row_weights, factors, out)
     return out

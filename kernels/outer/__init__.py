@@ -42,7 +42,7 @@ def outer_sq_norms(
         from synthward.kernels.outer import triton_impl
 
         triton_impl.outer_sq_norms(activations, output_grads, offsets, out)
-    else:
+    elif chosen == "reference":
         out += reference.outer_sq_norms(activations, output_grads, offsets, units)
     return out
 

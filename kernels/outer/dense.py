@@ -61,6 +61,8 @@ def rank1_norms(
         _C.rank1_norms(*arrays, threads())
         written(sq_norms, row_sums)
         return squares
+    if chosen == "shapes":
+        return torch.empty_like(sq_norms)
     squares = output_grads.double().square().sum(1)
     product = squares * activations.double().square().sum(1)
     sq_norms += product.float()
@@ -98,6 +100,8 @@ def outer_norms(
     if method not in ("gram", "tile"):
         raise ValueError(f"method: got {method!r}, expected 'gram' or 'tile'")
     chosen = choose(backend, activations, output_grads, offsets, written=(sq_norms, row_sums))
+    if chosen == "shapes":
+        return
     if with_bias and not (chosen == "cpp" and method == "gram"):
         ones = activations.new_ones(len(activations), 1)
         activations, with_bias = torch.cat([activations, ones], dim=1), False
@@ -145,6 +149,8 @@ def outer_unit_grads(
         arrays = (view(activations), view(output_grads), view(offsets), view(sq_norms), view(row_sums))
         _C.tile_norms(*arrays, view(grads), threads())
         return grads, sq_norms, row_sums
+    if chosen == "shapes":
+        return grads, sq_norms, row_sums
     for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         a, g = activations[first:last].float(), output_grads[first:last].float()
         grads[unit] = (g.mT @ a).flatten()
@@ -176,6 +182,8 @@ def outer_sum(
     if bias is not None:
         _check.flat_sum(bias, "bias", output_grads.shape[1])
     chosen = choose(backend, activations, output_grads, row_weights, written=(out, bias))
+    if chosen == "shapes":
+        return
     if chosen == "triton":
         from synthward.kernels.outer import triton_impl
 

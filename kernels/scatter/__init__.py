@@ -37,7 +37,7 @@ def scatter_sq_norms(
         from synthward.kernels.scatter import triton_impl
 
         triton_impl.scatter_sq_norms(ids, output_grads, offsets, out)
-    else:
+    elif chosen == "reference":
         out += reference.scatter_sq_norms(ids, output_grads, offsets, units)
     return out
 
@@ -65,6 +65,6 @@ def scatter_weighted_sum(
         from synthward.kernels.scatter import triton_impl
 
         triton_impl.scatter_weighted_sum(ids, output_grads, row_weights, out)
-    else:
+    elif chosen == "reference":
         reference.scatter_weighted_sum(ids, output_grads, row_weights, out)
     return out

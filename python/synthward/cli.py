@@ -28,6 +28,7 @@ from synthward.commands import (
     cohort,
     evaluate,
     fit,
+    plan,
     sample,
     schema,
     simulate,
@@ -64,6 +65,7 @@ def _options(
 app.command("simulate")(simulate.simulate)
 app.command("schema")(schema.schema)
 app.command("fit")(fit.fit)
+app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)

@@ -18,6 +18,7 @@ COMMANDS = (
     "simulate",
     "schema",
     "fit",
+    "plan",
     "tune",
     "sample",
     "evaluate",
