@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from synthward.data.manifest import dataset_files
 from synthward.engine.errors import DataError
 
 _BLOCK_BYTES = 4 << 20
@@ -40,7 +41,7 @@ class Source:
             )
         if self.path.is_file() and self.path.stat().st_size == 0:
             raise DataError(f"{self.path}: the file is empty")
-        self._parts = [self.path] if self.path.is_file() else sorted(self.path.glob("*.parquet"))
+        self._parts = [self.path] if self.path.is_file() else dataset_files(self.path)
         if not self._parts:
             raise DataError(f"{self.path}: the folder holds no .parquet file")
         self.names: list[str] = self._csv_names() if self._is_csv else self._parquet_names()
