@@ -42,9 +42,15 @@ class KeySchedule:
         return cls(secrets.token_bytes(32), is_private=True)
 
     @classmethod
-    def shared(cls, ranks: Ranks) -> KeySchedule:
-        """A fresh schedule that all processes of a run have; it goes through the group's own connections once."""
-        return cls(ranks.broadcast(secrets.token_bytes(32) if ranks.is_main else b""), is_private=True)
+    def shared(cls, ranks: Ranks, keys: KeySchedule | None = None) -> KeySchedule:
+        """A schedule that all processes of a run have: rank 0's `keys`, or a fresh one from the operating system.
+
+        It goes through the group's own connections once, as sums do later on: who can read those, can take the noise
+        off.
+        """
+        mine = keys or cls.from_os()
+        root, is_private = ranks.broadcast((mine._root, mine._is_private) if ranks.is_main else (b"", False))
+        return mine if ranks.is_main else cls(root, is_private=is_private)
 
     @classmethod
     def reproducible(cls, seed: int) -> KeySchedule:

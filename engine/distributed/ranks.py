@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,10 @@ from synthward.engine.errors import ConfigError, RankLostError, SynthwardError
 
 T = TypeVar("T")
 
-# The longest that one process waits for another in one exchange: reading records and calibrating noise take place
-# while the others wait.
+# The longest that one process waits for another in one exchange.
 PATIENCE_SECONDS = 600.0
+# While rank 0 reads records and calibrates noise; whoever started the processes ends them all if it dies.
+_LONG = timedelta(days=7)
 _LOST = (
     "another process of this run stopped or can not be reached; all of them end here. Steps since the last checkpoint "
     "are charged and lost"
@@ -36,10 +37,14 @@ class Ranks:
     limit is over.
     """
 
+    _joined: ClassVar[Ranks | None] = None
+
     def __init__(self, group: dist.ProcessGroup | None, store: dist.Store | None = None) -> None:
-        self.group, self._store = group, store
+        self.group, self._store, self._waits = group, store, 0
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        #: Whether other ranks wait for rank 0 to tell them what to do; for the use of who tells.
+        self.is_awaited = False
         # Where small things of Python are exchanged.
         self._device: torch.device | None = None
         if group is not None and "gloo" not in str(dist.get_backend_config(group)):
@@ -53,6 +58,8 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """The processes of torch's default group, where there is one of more than one process; else this one alone."""
+        if cls._joined is not None:
+            return cls._joined
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls.alone()
         return cls(dist.group.WORLD)
@@ -73,8 +80,10 @@ class Ranks:
             return
         store = _join(timedelta(seconds=patience))
         try:
-            yield cls(dist.group.WORLD, store)
+            cls._joined = cls(dist.group.WORLD, store)
+            yield cls._joined
         finally:
+            cls._joined = None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -130,6 +139,18 @@ class Ranks:
         found.is_told = True
         raise found
 
+    def await_main(self) -> None:
+        """Wait for rank 0 to come here, however long it works on something else before."""
+        if self.group is None or self._store is None:
+            return
+        self._waits += 1
+        name = f"main-{self._waits}"
+        with self.exchanging():
+            if self.is_main:
+                self._store.set(name, "here")
+            else:
+                self._store.wait([name], _LONG)
+
     def barrier(self) -> None:
         """Wait until all are here."""
         self.gather(None)
@@ -137,6 +158,17 @@ class Ranks:
     def all_have(self, value: object) -> bool:
         """Whether `value` is equal on all ranks."""
         return self.group is None or len(set(self.gather(value))) == 1
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around all that a process does: an error of its own is told by it, and not once more by those who lose it."""
+        try:
+            yield
+        except RankLostError:
+            raise
+        except BaseException:
+            self._is_first_to_tell()
+            raise
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:

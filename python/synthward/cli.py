@@ -35,7 +35,7 @@ from synthward.commands import (
     statement,
     tune,
 )
-from synthward.commands.common import Interrupted
+from synthward.commands.common import Interrupted, has_ranks
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
@@ -79,9 +79,19 @@ app.command("sign")(attest.sign)
 app.command("verify")(attest.verify)
 
 
+# What torchrun may start.
+_ALL_RANKS = frozenset({"fit", "sample"})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if has_ranks() and not _ALL_RANKS.intersection(words):
+        if os.environ.get("RANK") == "0":
+            _say(
+                f"error: only {' and '.join(sorted(_ALL_RANKS))} run on several processes; leave torchrun away"
+            )
+        return USER_ERROR
     try:
         code = get_command(app).main(args=words, prog_name="synthward", standalone_mode=False)
         sys.stdout.flush()

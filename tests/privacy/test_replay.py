@@ -186,7 +186,7 @@ def leak(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
             finally:
                 self.settings = settings
 
-        def backward_of_draws(self, values, *, rows_per_unit, unit_mask):
+        def backward_of_draws(self, values, *, rows_per_unit, unit_mask, is_last):
             backward(self, values, rows_per_unit=1, unit_mask=unit_mask.repeat_interleave(rows_per_unit))
 
         monkeypatch.setattr(DiffusionGenerator, "unit_losses", losses_of_draws)

@@ -204,10 +204,10 @@ def _simulate(job: Job, progress: Progress) -> tuple[Path, Path]:
 
 def _fit(job: Job, data: Path, schema: Path, run: Path, progress: Progress) -> None:
     from synthward.run import FitOptions, RunFolder, fit_run
-    from synthward.run.folder import CHECKPOINT_FILE, ENCODER_FILE, LEDGER_FILE, MODEL_FILE, RUN_FILE
+    from synthward.run.folder import CHECKPOINT_FOLDER, ENCODER_FILE, LEDGER_FILE, MODEL_FILE, RUN_FILE
 
     # Killed before its ledger existed, a run has spent nothing and kept nothing: it begins anew.
-    if not any((run / file).exists() for file in (LEDGER_FILE, ENCODER_FILE, CHECKPOINT_FILE, MODEL_FILE)):
+    if not any((run / file).exists() for file in (LEDGER_FILE, ENCODER_FILE, CHECKPOINT_FOLDER, MODEL_FILE)):
         shutil.rmtree(run, ignore_errors=True)
     begun = (run / RUN_FILE).is_file()
     if begun and RunFolder(run).is_complete:

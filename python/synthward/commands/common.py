@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,34 @@ def interruptible(advice: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return run
 
     return wrap
+
+
+def on_ranks(command: Callable[P, None]) -> Callable[P, None]:
+    """Runs a command that trains on all processes that `torchrun` has started: rank 0 runs it, the others take part in
+    the training and are silent."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not has_ranks():
+            command(*args, **kwargs)
+            return
+        from synthward.engine.distributed.ranks import Ranks
+        from synthward.run.fit import follow_run
+        from synthward.run.shared import leading
+
+        with Ranks.join() as ranks, ranks.telling():
+            if not ranks.is_main:
+                follow_run(ranks)
+                return
+            with leading(ranks):
+                command(*args, **kwargs)
+
+    return run
+
+
+def has_ranks() -> bool:
+    """Whether this is one of several processes that were started together."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def emit(result: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:

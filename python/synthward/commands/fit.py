@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, budget_line, emit, interruptible, remark
+from synthward.commands.common import Json, budget_line, emit, interruptible, on_ranks, remark
 from synthward.progress import make_progress
 
 RESUME = "the same command with --resume goes on from the last checkpoint; what was spent stays spent"
 
 
 @interruptible(RESUME)
+@on_ranks
 def fit(
     data: Annotated[Path, typer.Argument(help="Records: .csv, .csv.gz, .parquet or a folder of parts.")],
     schema: Annotated[Path, typer.Option("--schema", help="Schema of the records (TOML).")],
@@ -75,6 +76,7 @@ def fit(
     json: Json = False,
 ) -> None:
     """Train a generator so that what it learns is within (epsilon, delta) per privacy unit."""
+    from synthward.engine.distributed.ranks import Ranks
     from synthward.engine.errors import CheckpointError
     from synthward.run import FitOptions, fit_run
     from synthward.run.folder import RUN_FILE
@@ -121,6 +123,7 @@ def fit(
             overwrite=overwrite,
             budget_file=budget,
             progress=progress,
+            ranks=Ranks.current(),
         )
     say_head_room(folder.info)
     spent = spent_budget(folder)

@@ -16,13 +16,15 @@ from synthward.data import Records, read_records, split_records
 from synthward.encoding import TableEncoder
 from synthward.engine import KeySchedule, Ledger, QueryMechanism
 from synthward.engine.accounting import Event, GaussianEvent, StepsEvent
+from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import CheckpointError, ConfigError, OutputError
 from synthward.generators.registry import make_settings
 from synthward.progress import NullProgress, Progress
 from synthward.run.budget import plan_budget
 from synthward.run.claim import Claim
-from synthward.run.folder import CHECKPOINT_FILE, ENCODER_FILE, RUN_FILE, RunFolder
+from synthward.run.folder import CHECKPOINT_FOLDER, ENCODER_FILE, RUN_FILE, RunFolder
 from synthward.run.mechanism import Mechanism
+from synthward.run.shared import await_start, leading
 from synthward.run.training import Training
 from synthward.schema import Schema
 
@@ -80,21 +82,54 @@ def fit_run(
     overwrite: bool = False,
     budget_file: Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> RunFolder:
     """Train a generator on ``data`` within (epsilon, delta) per privacy unit and write a run folder.
 
     Args:
         budget_file: the budget of the data set (`DatasetBudget`): all that the run may cost is reserved there before a
             record is read, and settled when it has ended. A run that was killed stays reserved.
+        ranks: the processes that train together; rank 0 calls this, the others `follow_run`.
 
     Raises `ConfigError` for unusable options, `DataError` for records that contradict the schema,
     `OutputError` when ``out`` holds a run, `BudgetExceededError` when nothing may be spent any more.
     """
     options, progress, out = options or FitOptions(), progress or NullProgress(), Path(out)
-    if resume and (out / RUN_FILE).is_file():
-        folder = RunFolder(out)
-        claim = Claim.of_run(budget_file, folder.info)
-        return _resume(folder, data, schema, epsilon, delta, options, claim, progress)
+    ranks = ranks or Ranks.alone()
+    with leading(ranks):
+        if resume and (out / RUN_FILE).is_file():
+            folder = RunFolder(out)
+            claim = Claim.of_run(budget_file, folder.info)
+            return _resume(folder, data, schema, epsilon, delta, options, claim, progress, ranks)
+        return _fit_anew(data, schema, epsilon, delta, out, options, overwrite, budget_file, progress, ranks)
+
+
+def follow_run(ranks: Ranks) -> None:
+    """A process's part of a run that rank 0 leads (`fit_run`): it trains, and writes its part of checkpoints.
+
+    Raises:
+        SynthwardError: what ended the run; rank 0 has said so.
+    """
+    found = await_start(ranks)
+    if found is None:
+        return
+    start, keys = found
+    folder, encoder = RunFolder(start.path), TableEncoder.from_dict(start.encoder)
+    Training(folder, encoder, None, start.plan, keys, None, NullProgress(), ranks, start).run()
+
+
+def _fit_anew(
+    data: Path,
+    schema: Schema,
+    epsilon: float,
+    delta: float,
+    out: Path,
+    options: FitOptions,
+    overwrite: bool,
+    budget_file: Path | None,
+    progress: Progress,
+    ranks: Ranks,
+) -> RunFolder:
     check_options(options)
     settings = make_settings(options.generator, options.settings)
     mechanism = options.mechanism(epsilon, delta)
@@ -130,7 +165,9 @@ def fit_run(
             "ledger_head": None,
         }
         folder = RunFolder.create(out, info, schema)
-    return train_run(folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim)
+    return train_run(
+        folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim, ranks=ranks
+    )
 
 
 def _new_ledger(folder: RunFolder, keys: KeySchedule, claim: Claim) -> Ledger:
@@ -160,6 +197,7 @@ def _resume(
     options: FitOptions,
     claim: Claim,
     progress: Progress,
+    ranks: Ranks,
 ) -> RunFolder:
     """Go on with an unfinished run: same data and schema, fresh keys, only the steps not charged yet."""
     info = folder.info
@@ -189,9 +227,13 @@ def _resume(
     folder.save_schema(schema)
     keys = _new_keys(info["seed"])
     if _has_spent(folder):
-        return train_run(folder, train, keys, folder.open_ledger(), progress, resumed=True, claim=claim)
+        return train_run(
+            folder, train, keys, folder.open_ledger(), progress, resumed=True, claim=claim, ranks=ranks
+        )
     claim.reserve(_planned(info))
-    return train_run(folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim)
+    return train_run(
+        folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim, ranks=ranks
+    )
 
 
 def _has_spent(folder: RunFolder) -> bool:
@@ -201,7 +243,7 @@ def _has_spent(folder: RunFolder) -> bool:
         CheckpointError: it had one, and it is gone.
     """
     has_ledger = folder.ledger_path.is_file() and folder.ledger_path.stat().st_size > 0
-    kept = [name for name in (ENCODER_FILE, CHECKPOINT_FILE) if (folder.path / name).exists()]
+    kept = [name for name in (ENCODER_FILE, CHECKPOINT_FOLDER) if (folder.path / name).exists()]
     # A run.json of before heads were kept does not tell.
     if not has_ledger and (kept or folder.info.get("ledger_head", "unknown") is not None):
         raise CheckpointError(f"{folder.path}: the ledger is missing; a run without its ledger can not go on")
@@ -223,8 +265,13 @@ def train_run(
     *,
     resumed: bool = False,
     claim: Claim | None = None,
+    ranks: Ranks | None = None,
 ) -> RunFolder:
-    """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed."""
+    """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed.
+
+    With several `ranks` rank 0 calls this; the others take part by `follow_run`.
+    """
+    ranks = ranks or Ranks.alone()
     claim = claim or Claim(None, folder.info["run_id"], folder.info["unit"], folder.info["relation"])
     with ledger:
         if resumed:
@@ -237,7 +284,7 @@ def train_run(
             charged = ledger.events()
             taken = sum(event.steps for event in charged if isinstance(event, StepsEvent))
             claim.reserve([*charged, plan.event(max(plan.steps - taken, 0))])
-        training = Training(folder, encoder, train, plan, keys, ledger, progress)
+        training = Training(folder, encoder, train, plan, keys, ledger, progress, ranks)
         training.run()
         folder.update(
             status="complete",

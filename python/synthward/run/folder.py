@@ -20,7 +20,7 @@ from synthward.generators.registry import make_settings
 from synthward.schema import Schema, load_schema
 
 RUN_FILE, SCHEMA_FILE, LEDGER_FILE = "run.json", "schema.toml", "ledger.jsonl"
-ENCODER_FILE, MODEL_FILE, CHECKPOINT_FILE = "encoder.json", "model.safetensors", "checkpoint.safetensors"
+ENCODER_FILE, MODEL_FILE, CHECKPOINT_FOLDER = "encoder.json", "model.safetensors", "checkpoint"
 
 
 class RunFolder:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from synthward.data import Records
-from synthward.encoding import Encoded, TableEncoder
+from synthward.encoding import TableEncoder
 from synthward.engine import (
     KeySchedule,
     Ledger,
@@ -18,55 +19,74 @@ from synthward.engine import (
     physical_batches,
 )
 from synthward.engine.accounting import epsilon_curve
+from synthward.engine.distributed.checkpoint import (
+    is_saved,
+    load_sharded,
+    read_index,
+    remove_sharded,
+    save_sharded,
+)
+from synthward.engine.distributed.ledger import SharedLedger
+from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.draws import Draws
 from synthward.engine.errors import BudgetExceededError, LedgerError
-from synthward.generators import Batch
+from synthward.engine.sampling import rank_part
 from synthward.progress import Progress, Task
-from synthward.run.folder import CHECKPOINT_FILE, MODEL_FILE, RunFolder, draw_context
+from synthward.run.folder import CHECKPOINT_FOLDER, MODEL_FILE, RunFolder, draw_context
+from synthward.run.shared import Start, Units, begin
 
 # Steps paid for at once. A kill loses at most the steps of one lease: they stay charged and are not repeated.
 LEASE_STEPS = 50
 
 
 class Training:
-    """One process's part of a run: from the last checkpoint to the last step that the plan allows."""
+    """One process's part of a run: from the last checkpoint to the last step that the plan allows.
+
+    Args:
+        records, ledger: rank 0's; None on the others, who have `start` in their place.
+    """
 
     def __init__(
         self,
         folder: RunFolder,
         encoder: TableEncoder,
-        records: Records,
+        records: Records | None,
         plan: PrivacyPlan,
         keys: KeySchedule,
-        ledger: Ledger,
+        ledger: Ledger | None,
         progress: Progress,
+        ranks: Ranks | None = None,
+        start: Start | None = None,
     ) -> None:
-        self.folder, self.encoder, self.plan, self.ledger, self.progress = (
-            folder,
-            encoder,
-            plan,
-            ledger,
-            progress,
-        )
-        seed = folder.info["seed"]
+        self.ranks = ranks or Ranks.alone()
+        self.folder, self.encoder, self.plan, self.progress = folder, encoder, plan, progress
+        num_units = records.num_units if records is not None else start.num_units  # type: ignore[union-attr]
+        seed = begin(self.ranks, folder, encoder, plan, num_units, keys) if start is None else start.seed
+        self.ledger = _ledger_of(self.ranks, ledger)
         self.rng = np.random.default_rng(seed)
         self.torch_rng = torch.Generator()
         self.torch_rng.manual_seed(int(self.rng.integers(2**62)))
-        if seed is not None:
+        # Networks that the engine does not see begin alike on all ranks, too.
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-        self.generator = folder.new_generator(encoder)
-        self.data = _Tensors(encoder.encode(records, self.rng))
+            self.generator = folder.new_generator(encoder)
+        self.data = Units(None if records is None else encoder.encode(records, self.rng), self.ranks)
         settings = self.generator.settings
         optimizer = torch.optim.Adam(self.generator.private_module.parameters(), lr=settings.learning_rate)
         self.trainer = PrivateTrainer(
-            self.generator.private_module, optimizer, plan, keys=keys, ledger=ledger
+            self.generator.private_module, optimizer, plan, keys=keys, ledger=self.ledger, ranks=self.ranks
         )
         self.optimizer = optimizer
-        self.sampler = plan.sampler(records.num_units, keys.key("sampler"))
+        self.sampler = plan.sampler(num_units, keys.key("sampler"))
+        self.random_key = keys.key("training")
         self.steps_done = 0
-        self.physical = _physical_batch_size(plan.expected_batch_size, folder.info["physical_batch_size"])
+        world = self.ranks.world_size
+        self.physical = _physical_batch_size(
+            plan.expected_batch_size / world, folder.info["physical_batch_size"]
+        )
         # A cap on the draw makes the number of physical batches public: it is then the same in every step.
         cap = plan.max_batch_size
-        self.batches = 1 if cap is None else math.ceil(cap / self.physical)
+        self.batches = 1 if cap is None else math.ceil(math.ceil(cap / world) / self.physical)
 
     def run(self) -> None:
         """Train until every step of the plan is charged, then write the model."""
@@ -87,9 +107,10 @@ class Training:
         finally:
             task.close()
         self.steps_done = step
-        self.generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
-        self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
-        (self.folder.path / CHECKPOINT_FILE).unlink(missing_ok=True)
+        if self.ranks.is_main:
+            self.generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
+            self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
+            remove_sharded(self._checkpoint_path)
 
     def _lease(self, first: int, task: Task, epsilons: Callable[[int], float]) -> int:
         """Pay for a run of steps, take them, keep a checkpoint; returns the step after them."""
@@ -100,7 +121,8 @@ class Training:
         if count:
             self._checkpoint(first + count)
             self.ledger.close_lease(count)
-            self.folder.update(ledger_head=self.ledger.head)
+            head = self.ledger.head
+            self.ranks.lead(lambda: self.folder.update(ledger_head=head))
         return first + count
 
     def _pay(self, first: int) -> int:
@@ -125,11 +147,22 @@ class Training:
         rate = self.generator.learning_rate(step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for units in physical_batches(self.sampler.draw(step), self.physical, at_least=self.batches):
-            batch, mask = self.data.batch(units, self.generator.records_per_unit, self.torch_rng)
+        draw, ranks = self.sampler.draw(step), self.ranks
+        batches = physical_batches(
+            draw, self.physical, at_least=self.batches, rank=ranks.rank, world_size=ranks.world_size
+        )
+        place, _ = rank_part(len(draw), ranks.rank, ranks.world_size)
+        for index, units in enumerate(batches):
+            rng = Draws(self.random_key, step=step, first=place + index * self.physical)
+            batch, mask = self.data.batch(torch.from_numpy(units), self.generator.records_per_unit, rng)
             with self.trainer.capture():
-                losses = self.generator.unit_losses(batch, self.torch_rng)
-            self.trainer.backward(losses, rows_per_unit=self.generator.rows_per_unit, unit_mask=mask)
+                losses = self.generator.unit_losses(batch, rng)
+            self.trainer.backward(
+                losses,
+                rows_per_unit=self.generator.rows_per_unit,
+                unit_mask=mask,
+                is_last=index == len(batches) - 1,
+            )
         self.trainer.apply()
         self.generator.after_step(step, self.plan.steps, self.torch_rng)
 
@@ -138,18 +171,18 @@ class Training:
         tensors |= {f"trainer.{k}": v for k, v in self.trainer.state_dict().items()}
         tensors["step"] = torch.tensor(step)
         # Whoever puts an older ledger back has to put the model back, too.
-        tensors["ledger_head"] = torch.tensor(list(bytes.fromhex(self.ledger.head)), dtype=torch.uint8)
-        self.folder.save_tensors(CHECKPOINT_FILE, tensors)
+        save_sharded(self._checkpoint_path, tensors, self.ranks, {"ledger_head": self.ledger.head})
 
     def _restore(self) -> int:
-        if not (self.folder.path / CHECKPOINT_FILE).is_file():
+        path = self._checkpoint_path
+        if not self.ranks.lead(lambda: is_saved(path)):
             return 0
-        tensors = self.folder.load_tensors(CHECKPOINT_FILE)
-        head = tensors.pop("ledger_head", None)
-        if head is not None and not self.ledger.holds(bytes(head.tolist()).hex()):
+        head = self.ranks.lead(lambda: read_index(path)).info.get("ledger_head")
+        if not isinstance(head, str) or not self.ledger.holds(head):
             raise LedgerError(
                 f"{self.ledger.path}: does not hold the head that the checkpoint names; lines were cut off or replaced"
             )
+        tensors = load_sharded(path, None, self.ranks)
         parts: dict[str, dict[str, torch.Tensor]] = {"generator": {}, "trainer": {}}
         for key, value in tensors.items():
             if key != "step":
@@ -159,6 +192,10 @@ class Training:
         self.trainer.load_state_dict(parts["trainer"])
         return int(tensors["step"])
 
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.folder.path / CHECKPOINT_FOLDER
+
     def _charged_steps(self) -> int:
         return sum(getattr(event, "steps", 0) for event in self.ledger.events())
 
@@ -166,29 +203,18 @@ class Training:
         """Epsilon after a number of steps, for display: interpolated between a few accounted points."""
         info = self.folder.info
         others = [e for e in self.ledger.events() if not hasattr(e, "steps")]
+        if not self.ranks.is_main:
+            return lambda step: 0.0
         curve = epsilon_curve([*others, self.plan.event()], info["delta"], 12, info["accountant"])
         steps, values = zip(*curve, strict=True)
         return lambda step: float(np.interp(step, steps, values))
 
 
-class _Tensors:
-    """Encoded records as tensors, and batches of them: whole units, records drawn inside each."""
-
-    def __init__(self, encoded: Encoded) -> None:
-        self.tokens = torch.from_numpy(encoded.tokens)
-        self.scores = torch.from_numpy(encoded.scores)
-        self.context = torch.from_numpy(encoded.context)
-        self.offsets = torch.from_numpy(encoded.unit_offsets)
-
-    def batch(self, units: np.ndarray, draws: int, rng: torch.Generator) -> tuple[Batch, torch.Tensor]:
-        """Rows of ``draws`` records per unit, and which units are real; padding (-1) repeats the first unit."""
-        index = torch.from_numpy(units)
-        mask = index >= 0
-        index = index.clamp(min=0)
-        first, last = self.offsets[index], self.offsets[index + 1]
-        pick = torch.rand(len(index), draws, generator=rng, dtype=torch.float64) * (last - first).unsqueeze(1)
-        rows = (first.unsqueeze(1) + pick.long()).flatten()
-        return Batch(self.tokens[rows], self.scores[rows], self.context[rows]), mask
+def _ledger_of(ranks: Ranks, ledger: Ledger | None) -> Ledger | SharedLedger:
+    if ranks.world_size > 1:
+        return SharedLedger(ranks, ledger)
+    assert ledger is not None
+    return ledger
 
 
 def _physical_batch_size(expected: float, largest: int) -> int:
