@@ -51,6 +51,26 @@ struct ConvShape {
   int64_t size[3], kernel[3], stride[3], padding[3], dilation[3], out[3];
 };
 
+// A residual network of a sampler (core/decode.inl): its first layer is silu(sums + common + values value_weights) with
+// rows of `width`, `numbers` values a row; panels are those of residual_pack, one set for each block and one whose norm is
+// the last.
+struct ResidualArgs {
+  const float *sums, *common, *values, *value_weights, *panels;
+  int64_t width, numbers, blocks;
+  float eps;
+  float* features;
+};
+
+// `count` tokens a row, each of a column whose tokens are rows offsets[column] .. offsets[column + 1] of the weight. Where
+// there is a table, the row of every token that is drawn is added to the row's sum.
+struct DrawArgs {
+  const float *features, *weight, *bias, *uniforms, *table;
+  const int64_t *offsets, *columns;
+  int64_t width, count, table_width;
+  int64_t* tokens;
+  float* sums;
+};
+
 // Rows [N, p] of units: unit u owns rows offsets[u] .. offsets[u + 1]; without offsets every row is a unit.
 // Ranges from .. to are of units, of elements, of rows or of columns, as each comment says.
 struct KernelTable {
@@ -115,6 +135,14 @@ struct KernelTable {
   void (*wide_normals)(const uint64_t* radius, const uint64_t* angle, int64_t n, double* cosines, double* sines);
   void (*rounded_gaussian)(const NoiseStream*, int64_t start, int64_t count, double scale, int64_t* out);
   void (*discrete_release)(const NoiseStream*, int64_t start, int64_t from, int64_t to, const ReleaseArgs*);
+  // Samplers (core/decode.inl); from .. to are rows. A block without a weight is a norm alone.
+  int64_t (*residual_panels)(int64_t width);
+  void (*residual_pack)(const float* weight, const float* scale, const float* shift, const float* bias, int64_t width,
+                        float* panels);
+  int64_t (*residual_scratch)(int64_t width);
+  void (*residual_features)(const ResidualArgs*, int64_t from, int64_t to, float* scratch);
+  int64_t (*draw_scratch)(int64_t longest);
+  void (*draw_tokens)(const DrawArgs*, int64_t from, int64_t to, float* scratch);
 };
 
 const int64_t kLongestGram = 64;

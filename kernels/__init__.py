@@ -17,6 +17,9 @@ from synthward.kernels.conv import ConvShape as ConvShape
 from synthward.kernels.conv import conv_norms as conv_norms
 from synthward.kernels.conv import conv_sum as conv_sum
 from synthward.kernels.conv import conv_unit_grads as conv_unit_grads
+from synthward.kernels.decode import ResidualWeights as ResidualWeights
+from synthward.kernels.decode import draw_tokens as draw_tokens
+from synthward.kernels.decode import residual_features as residual_features
 from synthward.kernels.diagonal import diagonal_sq_norms as diagonal_sq_norms
 from synthward.kernels.diagonal import diagonal_weighted_sum as diagonal_weighted_sum
 from synthward.kernels.discrete import discrete_release_ as discrete_release_

@@ -1,4 +1,5 @@
-// Bindings of the dense products (core/gemm.inl), of convolutions (core/conv.inl) and of normalisations (core/normalize.inl).
+// Bindings of the dense products (core/gemm.inl), of convolutions (core/conv.inl), of normalisations (core/normalize.inl)
+// and of samplers (core/decode.inl).
 #pragma once
 #include <memory>
 #include <optional>
@@ -43,5 +44,6 @@ inline float* parts_of(int64_t floats) {
 void bind_dense(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_normalize(py::module_& m);
+void bind_decode(py::module_& m);
 
 }  // namespace synthward

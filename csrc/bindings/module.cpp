@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_dense(m);
   bind_conv(m);
   bind_normalize(m);
+  bind_decode(m);
   bind_discrete(m);
   bind_update(m);
   m.doc() = "synthward's compiled kernels: NumPy views in, nothing converted, the GIL released.";

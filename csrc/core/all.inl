@@ -21,6 +21,7 @@ namespace SYNTHWARD_ISA {
 #include "core/gemm.inl"
 #include "core/product.inl"
 #include "core/conv.inl"
+#include "core/decode.inl"
 #include "core/normalize.inl"
 #include "core/sums.inl"
 #include "core/update.inl"
@@ -32,7 +33,8 @@ const KernelTable table = {
     gram_scratch,       gram_norms,       tile_scratch, tile_norms, rank1_norms, outer_sum_layout, outer_sum,
     conv_scratch,       conv_norms,       conv_sum,   conv_gram_scratch,     conv_gram_norms,
     layer_norm_scratch, layer_norm_backward, group_norm_backward, product_layout, product,
-    wide_normals,       rounded_gaussian, discrete_release,
+    wide_normals,       rounded_gaussian, discrete_release, residual_panels, residual_pack, residual_scratch,
+    residual_features,  draw_scratch, draw_tokens,
 };
 
 }  // namespace SYNTHWARD_ISA

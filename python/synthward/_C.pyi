@@ -70,6 +70,31 @@ def group_norm_backward(
     bias: _F,
     threads: int,
 ) -> None: ...
+def residual_features(
+    sums: _F,
+    common: _F,
+    values: _F,
+    value_weights: _F,
+    weights: _F,
+    biases: _F,
+    scales: _F,
+    shifts: _F,
+    eps: float,
+    out: _F,
+    threads: int,
+) -> None: ...
+def draw_tokens(
+    features: _F,
+    weight: _F,
+    bias: _F,
+    offsets: _L,
+    columns: _L,
+    uniforms: _F,
+    tokens: _L,
+    added: _F | None,
+    sums: _F | None,
+    threads: int,
+) -> None: ...
 def chacha20_words(key: bytes, stream: int, step: int, start: int, count: int) -> NDArray[np.uint32]: ...
 def chacha20_block(state: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def gaussian_noise(out: _F, key: bytes, stream: int, step: int, start: int, threads: int) -> None: ...

@@ -1,0 +1,48 @@
+"""Compiled kernels of samplers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from synthward import _C
+from synthward.kernels._select import maybe_view, threads, view, written
+
+if TYPE_CHECKING:
+    from synthward.kernels.decode import ResidualWeights
+
+
+def residual_features(
+    sums: Tensor, common: Tensor, values: Tensor, value_weights: Tensor, network: ResidualWeights
+) -> Tensor:
+    out = torch.empty_like(sums)
+    _C.residual_features(
+        *map(view, (sums, common, values, value_weights, *network.tensors())),
+        network.eps,
+        view(out),
+        threads(),
+    )
+    return out
+
+
+def draw_tokens(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    uniforms: Tensor,
+    added: Tensor | None,
+    sums: Tensor | None,
+) -> Tensor:
+    tokens = torch.empty_like(columns)
+    _C.draw_tokens(
+        *map(view, (features, weight, bias, offsets, columns, uniforms, tokens)),
+        maybe_view(added),
+        maybe_view(sums),
+        threads(),
+    )
+    written(sums)
+    return tokens
