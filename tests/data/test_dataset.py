@@ -34,7 +34,7 @@ def out(tmp_path) -> Path:
 def test_every_row_is_in_one_part(rows, chunk):
     layout = Layout.of(rows, chunk)
     assert layout.rows_per_part % chunk == 0
-    assert layout.rows_per_part < max(1 << 20, 1) + chunk
+    assert layout.rows_per_part < (1 << 19) + chunk
     last = layout.parts - 1
     assert layout.first_row(0) == 0 and layout.first_row(last) + layout.rows_of(last) == rows
     assert 1 <= layout.rows_of(last) <= layout.rows_per_part

@@ -11,11 +11,16 @@ import typer
 from synthward.commands.common import Json, Overwrite, emit, interruptible
 from synthward.progress import make_progress
 
+# The longest that one process waits for another to make a part.
+PATIENCE_SECONDS = 1800.0
+
 
 @interruptible("the same command with --resume goes on after the last whole part")
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
-    out: Annotated[Path, typer.Option("--out", help="Cohort to write: .parquet or .csv.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Cohort to write: .parquet, .csv, or a folder for many parts.")
+    ],
     rows: Annotated[
         int | None, typer.Option("--rows", help="Rows; default: the run's noisy number of records.")
     ] = None,
@@ -30,17 +35,38 @@ def sample(
     json: Json = False,
 ) -> None:
     """Draw a cohort. This costs no privacy, however many rows are drawn."""
+    from synthward.engine.distributed.ranks import Ranks
+    from synthward.run import sample_run
+
+    with Ranks.join(PATIENCE_SECONDS) as ranks, ranks.telling():
+        ranks.lead(lambda: _check(where, out))
+        begin = time.perf_counter()
+        with make_progress() as progress:
+            result = sample_run(
+                run,
+                rows,
+                out,
+                where=where,
+                seed=seed,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+                ranks=ranks,
+            )
+        seconds = round(time.perf_counter() - begin, 1)
+        if ranks.is_main:
+            emit({**result, "seconds": seconds}, [f"cohort: {out} ({result['rows']:,} rows)"], as_json=json)
+
+
+def _check(where: str | None, out: Path) -> None:
+    from synthward.data.dataset import check_dataset_path
     from synthward.data.writer import check_output
     from synthward.engine.errors import ConfigError
-    from synthward.run import sample_run
+    from synthward.run.sampling import FILES
 
     if where is not None and not where.strip():
         raise ConfigError("--where: is empty; leave it away, or write a condition such as \"sex='F'\"")
-    check_output(out)
-    begin = time.perf_counter()
-    with make_progress() as progress:
-        result = sample_run(
-            run, rows, out, where=where, seed=seed, resume=resume, overwrite=overwrite, progress=progress
-        )
-    seconds = round(time.perf_counter() - begin, 1)
-    emit({**result, "seconds": seconds}, [f"cohort: {out} ({result['rows']:,} rows)"], as_json=json)
+    if out.suffix in FILES:
+        check_output(out)
+    else:
+        check_dataset_path(out)

@@ -18,7 +18,7 @@ from synthward.schema import Schema
 
 MANIFEST_FILE, STATE_FILE = "_manifest.json", "_state.json"
 FORMAT, FORMAT_VERSION = "synthward cohort", 1
-MOST_ROWS = 1 << 20
+MOST_ROWS = 1 << 19
 """Rows of a part at most, unless a chunk of rows has more."""
 
 _USUAL_PARTS = 64
