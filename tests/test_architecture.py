@@ -41,6 +41,7 @@ ALLOWED = {
     "synthward.run.attest": {"cryptography"},
     "synthward.schema": {"pydantic", "numpy"},
     "synthward.progress": {"rich"},
+    "synthward.observe": {"torch", "pydantic", "numpy", "tensorboard"},
 }
 
 # What a part of the house may not import of the house itself.
@@ -51,7 +52,8 @@ CLOSED = {
     "synthward": r"synthward\._C|synthward\.kernels",
     "synthward.schema": r"synthward\.(?!schema|codes|engine\.errors)",
     "synthward.data": r"synthward\.(?!data|schema|codes|engine\.errors)",
-    "synthward.generators": r"synthward\.(?!generators|encoding|schema|engine\.errors)",
+    "synthward.generators": r"synthward\.(?!generators|encoding|schema|engine\.errors|kernels\b)",
+    "synthward.observe": r"synthward\.(?!observe|engine\b|__version__)",
     "synthward.evaluate": r"synthward\.(generators|run|commands|report)",
     "synthward.simulate": r"synthward\.(generators|run|engine(?!\.errors))",
 }

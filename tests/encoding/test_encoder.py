@@ -113,7 +113,8 @@ def test_round_trip_respects_the_schema(schema):
     encoder = TableEncoder.fit(records, ExactQueries(), 0.5)
     assert encoder.layout.label is not None
     encoded = encoder.encode(records, np.random.default_rng(0))
-    back = encoder.decode(schema, encoded.tokens, encoded.scores, np.random.default_rng(1))
+    uniforms = np.random.default_rng(1).random(encoded.tokens.shape)
+    back = encoder.decode(schema, encoded.tokens, encoded.scores, uniforms)
     assert list(back) == [c.name for c in schema.modelled]
     np.testing.assert_array_equal(np.isnan(back["creatinine"]), np.isnan(records.columns["creatinine"]))
     kept = ~np.isnan(back["creatinine"])

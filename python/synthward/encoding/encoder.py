@@ -151,10 +151,14 @@ class TableEncoder:
         schema: Schema,
         tokens: np.ndarray,
         scores: np.ndarray,
-        rng: np.random.Generator,
+        uniforms: np.ndarray,
         allowed: dict[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Tokens and scores back to typed columns; ``allowed`` restricts the levels of named columns."""
+        """Tokens and scores back to typed columns.
+
+        ``uniforms`` float [rows, tokens] in [0, 1) choose the levels inside tokens; ``allowed`` restricts the levels of
+        named columns.
+        """
         columns: dict[str, np.ndarray] = {}
         by_name = {c.name: c for c in schema.modelled}
         present: dict[str, np.ndarray] = {}
@@ -167,7 +171,7 @@ class TableEncoder:
                 columns[coder.name] = _finish_numeric(column, values, present.get(coder.name))
                 continue
             limit = None if allowed is None else allowed.get(coder.name)
-            levels = coder.decode(tokens[:, token_at], rng.random(len(tokens)), limit)
+            levels = coder.decode(tokens[:, token_at], uniforms[:, token_at], limit)
             token_at += 1
             if not is_token_column(column):
                 present[coder.name] = levels >= 0

@@ -75,9 +75,11 @@ class Generator(ABC):
 
     @abstractmethod
     def sample(
-        self, context: Tensor, rng: torch.Generator, allowed: dict[int, Tensor] | None = None
+        self, context: Tensor, rng: Randomness | torch.Generator, allowed: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw tokens int64 [R, tokens] and scores float32 [R, continuous] for ``context`` int64 [R].
+
+        With numbered random numbers a row is a function of its number and its context alone, to the bit.
 
         ``allowed`` maps token columns to bool [size] masks that the drawn tokens should satisfy, where the
         generator can condition on them; the caller filters what it cannot.
@@ -114,17 +116,6 @@ class Generator(ABC):
         """Log-sum-exp per token column, [R, tokens], by one small GEMM instead of a loop over columns."""
         top = logits.detach().amax(dim=1, keepdim=True)
         return torch.log((logits - top).exp() @ self.membership + 1e-30) + top
-
-    def draw_tokens(self, logits: Tensor, columns: Tensor, rng: torch.Generator) -> Tensor:
-        """Draw tokens int64 [R, k] of the given ``columns`` [R, k] from ``logits`` [R, vocabulary]."""
-        share = (logits - self.log_normalizers(logits)[:, self.column_of_token]).exp()
-        cumulative = torch.cumsum(share.double(), dim=1)
-        start, stop = self.offsets[columns], self.offsets[columns + 1]
-        padded = nn.functional.pad(cumulative, (1, 0))
-        low, high = padded.gather(1, start), padded.gather(1, stop)
-        target = low + torch.rand(columns.shape, generator=rng, dtype=torch.float64) * (high - low)
-        index = torch.searchsorted(cumulative, target, right=True)
-        return torch.minimum(torch.maximum(index, start), stop - 1) - start
 
     def calibrate(self, draw_context: Callable[[int], Tensor], rng: torch.Generator, rounds: int = 6) -> None:
         """Shift the token logits until sampled one-way shares meet the noisy ones already paid for.

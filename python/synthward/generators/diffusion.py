@@ -22,6 +22,7 @@ from synthward.encoding.layout import Layout
 from synthward.generators.base import Batch, Generator, average_into
 from synthward.generators.networks import ResidualMLP
 from synthward.generators.randomness import Randomness, as_randomness
+from synthward.generators.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -103,32 +104,31 @@ class DiffusionGenerator(Generator):
 
     @torch.no_grad()
     def sample(
-        self, context: Tensor, rng: torch.Generator, allowed: dict[int, Tensor] | None = None
+        self, context: Tensor, rng: Randomness | torch.Generator, allowed: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        layout, rows = self.layout, len(context)
+        layout, rows, random = self.layout, len(context), as_randomness(rng)
+        sampler = Sampler(self.averaged, layout, self.logit_shift, allowed)
+        # The inputs in the order of `_inputs`: tokens and an unused one, scores, context, share, time.
+        added = sampler.inputs(0, layout.vocabulary)
+        score_weights = sampler.inputs(layout.vocabulary + 1, layout.continuous)
+        at = layout.vocabulary + 1 + layout.continuous
+        share_weight, time_weight = sampler.inputs(at + layout.contexts, 2)
+        sums = sampler.inputs(at, layout.contexts)[context] + sampler.bias
         tokens = torch.zeros(rows, layout.tokens, dtype=torch.int64)
-        hidden = torch.ones(rows, layout.tokens, dtype=torch.bool)
-        scores = torch.randn(rows, layout.continuous, generator=rng)
-        penalty = self._penalty(allowed)
-        order = self._order(rows, allowed, rng)
-        steps = (
-            min(self.settings.sampling_steps, max(layout.tokens, 1))
-            if not layout.continuous
-            else (self.settings.sampling_steps)
-        )
-        bounds = np.linspace(0, layout.tokens, steps + 1).round().astype(int)
+        scores = random.normal(rows, layout.continuous)
+        order = self._order(rows, allowed, random)
+        bounds = self._bounds()
+        steps = len(bounds) - 1
         for index in range(steps):
             now, then = 1.0 - index / steps, 1.0 - (index + 1) / steps
-            time = torch.full((rows, 1), now)
-            output = self.averaged(self._inputs(tokens, hidden, scores, time, context))
-            logits, velocity = output.split([layout.vocabulary, layout.continuous], dim=1)
-            chosen = order[:, bounds[index] : bounds[index + 1]]
-            if chosen.shape[1]:
-                drawn = self.draw_tokens(logits + self.logit_shift + penalty, chosen, rng)
-                tokens.scatter_(1, chosen, drawn)
-                hidden.scatter_(1, chosen, False)
+            share = 1.0 - bounds[index] / layout.tokens if layout.tokens else now
+            features = sampler.features(sums, share * share_weight + now * time_weight, scores, score_weights)
+            chosen = order[:, bounds[index] : bounds[index + 1]].contiguous()
+            drawn = sampler.draw(features, chosen, random.uniform(*chosen.shape), added, sums)
+            tokens.scatter_(1, chosen, drawn)
             if layout.continuous:
-                scores = _ancestral_step(scores, velocity, now, then, rng)
+                fresh = random.normal(rows, layout.continuous)
+                scores = _ancestral_step(scores, sampler.further(features), now, then, fresh)
         return tokens, scores
 
     @torch.no_grad()
@@ -190,32 +190,32 @@ class DiffusionGenerator(Generator):
         ]
         return torch.stack(flags, dim=1).float()
 
-    def _penalty(self, allowed: dict[int, Tensor] | None) -> Tensor:
-        penalty = torch.zeros(self.layout.vocabulary)
-        for column, mask in (allowed or {}).items():
-            start = int(self.offsets[column])
-            penalty[start : start + len(mask)] = torch.where(mask, 0.0, -1e4)
-        return penalty
-
-    def _order(self, rows: int, allowed: dict[int, Tensor] | None, rng: torch.Generator) -> Tensor:
+    def _order(self, rows: int, allowed: dict[int, Tensor] | None, random: Randomness) -> Tensor:
         """Order in which tokens are revealed: conditions first, the label last, the rest at random."""
-        rank = torch.rand(rows, self.layout.tokens, generator=rng)
+        rank = random.uniform(rows, self.layout.tokens)
         if self.layout.label is not None:
             rank[:, self.layout.label] += 1.0
         for column in allowed or {}:
             rank[:, column] -= 2.0
-        return rank.argsort(dim=1)
+        return rank.argsort(dim=1, stable=True)
+
+    def _bounds(self) -> list[int]:
+        """Numbers of tokens that are known at the begin of each step and at the end."""
+        steps = self.settings.sampling_steps
+        if not self.layout.continuous:
+            steps = min(steps, max(self.layout.tokens, 1))
+        return [int(bound) for bound in np.linspace(0, self.layout.tokens, steps + 1).round()]
 
 
-def _ancestral_step(
-    scores: Tensor, velocity: Tensor, now: float, then: float, rng: torch.Generator
-) -> Tensor:
-    """One step of the reverse Gaussian path from time ``now`` to ``then`` (deterministic at the last step)."""
+def _ancestral_step(scores: Tensor, velocity: Tensor, now: float, then: float, fresh: Tensor) -> Tensor:
+    """One step of the reverse Gaussian path from time ``now`` to ``then`` (deterministic at the last step).
+
+    ``fresh`` is standard normal noise like ``scores``.
+    """
     alpha, sigma = math.cos(0.5 * math.pi * now), math.sin(0.5 * math.pi * now)
     clean = (alpha * scores - sigma * velocity).clamp(-4.0, 4.0)
     noise = (scores - alpha * clean) / max(sigma, 1e-6)
     alpha_next, sigma_next = math.cos(0.5 * math.pi * then), math.sin(0.5 * math.pi * then)
     # Half of the remaining noise is fresh: errors of early steps are forgotten.
-    fresh = torch.randn(scores.shape, generator=rng)
     mixed = math.sqrt(0.5) * noise + math.sqrt(0.5) * fresh
     return alpha_next * clean + sigma_next * mixed

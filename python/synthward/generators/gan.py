@@ -20,6 +20,7 @@ from synthward.encoding.layout import Layout
 from synthward.generators.base import Batch, Generator, average_into
 from synthward.generators.networks import ResidualMLP
 from synthward.generators.randomness import Randomness, TorchRandomness, as_randomness
+from synthward.generators.sampler import Sampler
 
 # Discriminator steps per generator step, from the eager to the patient end.
 STEPS_PER_UPDATE = (1, 2, 5, 10, 20, 50)
@@ -108,15 +109,18 @@ class GanGenerator(Generator):
 
     @torch.no_grad()
     def sample(
-        self, context: Tensor, rng: torch.Generator, allowed: dict[int, Tensor] | None = None
+        self, context: Tensor, rng: Randomness | torch.Generator, allowed: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw rows; a GAN can not condition on tokens, so ``allowed`` is left to the caller's filter."""
-        layout = self.layout
-        output = self._output(self.averaged, context, TorchRandomness(rng))
-        logits, shift = output.split([layout.vocabulary, layout.continuous], dim=1)
-        every = torch.arange(layout.tokens).expand(len(context), -1)
-        tokens = self.draw_tokens(logits + self.logit_shift, every, rng)
-        return tokens, shift + torch.randn(shift.shape, generator=rng)
+        layout, rows, random = self.layout, len(context), as_randomness(rng)
+        latent = self.settings.latent
+        sampler = Sampler(self.averaged, layout, self.logit_shift)
+        sums = sampler.inputs(latent, layout.contexts)[context]
+        values = random.normal(rows, latent)
+        features = sampler.features(sums, sampler.bias, values, sampler.inputs(0, latent))
+        every = torch.arange(layout.tokens).repeat(rows, 1)
+        tokens = sampler.draw(features, every, random.uniform(rows, layout.tokens))
+        return tokens, sampler.further(features) + random.normal(rows, layout.continuous)
 
     def state(self, *, resume: bool) -> dict[str, Tensor]:
         tensors = {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}

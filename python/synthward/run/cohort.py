@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
+import pyarrow as pa
 import torch
 
-from synthward.data import enforce_constraints
+from synthward.data import enforce_constraints, to_arrow
 from synthward.encoding import TableEncoder, TokenCoder
+from synthward.engine.draws import Draws, sampling_key
 from synthward.engine.errors import ConfigError
 from synthward.generators import Generator
 from synthward.run.where import Where
 from synthward.schema import Schema
 
-# Rows are made in chunks; each depends on (seed, chunk) alone, so that a resumed cohort is the same cohort.
-CHUNK_ROWS = 8192
+# Rows are made in chunks; each depends on (seed, chunk) alone, so that a cohort is the same whoever makes which part of
+# it. This many stay near the core that works on them.
+CHUNK_ROWS = 4096
 MAX_BARREN_ROUNDS = 40
 
 
@@ -40,13 +47,18 @@ class CohortSampler:
         self.context_mass = (mass * generator.context_weights(self.allowed_tokens).double()).numpy()
 
     def chunk(self, seed: int, index: int, rows: int = CHUNK_ROWS) -> dict[str, np.ndarray]:
-        """The columns of one chunk of exactly ``rows`` rows, a function of (seed, index) alone."""
-        rng = np.random.default_rng([seed, index])
-        torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        """The first ``rows`` rows of a chunk, and of those after it if there are more, a function of (seed, index).
+
+        Without a condition row n of the cohort, the first being ``index * CHUNK_ROWS``, depends on (seed, n) alone.
+        With one, each round draws candidates for the whole chunk, and those that satisfy it follow each other.
+        """
+        key, first = sampling_key(seed), index * CHUNK_ROWS
+        batch = rows if self.where is None else max(rows, CHUNK_ROWS)
         pieces: list[dict[str, np.ndarray]] = []
-        found = barren = 0
+        found = barren = tries = 0
         while found < rows:
-            columns = self._draw(rows, rng, torch_rng)
+            columns = self._draw(batch, Draws(key, step=tries, first=first))
+            tries += 1
             if self.where is not None:
                 held = self.where.holds(columns)
                 columns = {name: values[held] for name, values in columns.items()}
@@ -54,16 +66,47 @@ class CohortSampler:
             barren = 0 if got else barren + 1
             if barren >= MAX_BARREN_ROUNDS:
                 raise ConfigError(
-                    f"--where: none of {barren * rows} sampled rows satisfied it; the condition is too rare"
+                    f"--where: none of {barren * batch} sampled rows satisfied it; the condition is too rare"
                 )
             pieces.append(columns)
             found += got
         return {name: np.concatenate([p[name] for p in pieces])[:rows] for name in pieces[0]}
 
-    def _draw(self, rows: int, rng: np.random.Generator, torch_rng: torch.Generator) -> dict[str, np.ndarray]:
-        share = self.context_mass / self.context_mass.sum()
-        context = torch.from_numpy(rng.choice(len(share), size=rows, p=share).astype(np.int64))
-        tokens, scores = self.generator.sample(context, torch_rng, self.allowed_tokens or None)
+    def batches(self, seed: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
+        """Rows ``first`` to ``end`` of the cohort in order, at most a chunk in each batch.
+
+        As many threads as torch has work on a chunk each, ahead of what is taken by a chunk at most: memory does not
+        depend on the number of rows.
+        """
+        workers = torch.get_num_threads()
+        starts = iter(range(first - first % CHUNK_ROWS, end, CHUNK_ROWS))
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        ahead: deque[Future[pa.RecordBatch]] = deque()
+        try:
+            for start in starts:
+                ahead.append(pool.submit(self._batch, seed, start, first, end))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            # A thread's setting is also the one that later threads begin with.
+            torch.set_num_threads(workers)
+
+    def _batch(self, seed: int, start: int, first: int, end: int) -> pa.RecordBatch:
+        columns = self.chunk(seed, start // CHUNK_ROWS, min(CHUNK_ROWS, end - start))
+        return to_arrow(
+            self.schema, {name: values[max(first - start, 0) :] for name, values in columns.items()}
+        )
+
+    @torch.inference_mode()
+    def _draw(self, rows: int, draws: Draws) -> dict[str, np.ndarray]:
+        cumulated = np.cumsum(self.context_mass)
+        place = draws.uniform(rows, 1).double().numpy()[:, 0] * cumulated[-1]
+        context = torch.from_numpy(np.searchsorted(cumulated[:-1], place, side="right"))
+        tokens, scores = self.generator.sample(context, draws, self.allowed_tokens or None)
         honoured = self.allowed_levels if self.generator.honours_conditions else {}
-        columns = self.encoder.decode(self.schema, tokens.numpy(), scores.numpy(), rng, honoured)
+        within = draws.uniform(rows, tokens.shape[1]).numpy()
+        columns = self.encoder.decode(self.schema, tokens.numpy(), scores.numpy(), within, honoured)
         return enforce_constraints(self.schema, columns)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from synthward import __version__
-from synthward.data import CohortWriter, DatasetWriter, Layout, PartRecord, to_arrow
+from synthward.data import CohortWriter, DatasetWriter, Layout, PartRecord
 from synthward.data.dataset import Job
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, OutputError, RankLostError, SynthwardError
@@ -98,10 +98,8 @@ class _Source:
         return cls(folder, schema, CohortSampler(schema, encoder, generator, condition), rows)
 
     def batches(self, seed: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
-        """Rows ``first`` to ``end``; the first is the first of a chunk, because what is written is whole chunks."""
-        for start in range(first, end, CHUNK_ROWS):
-            columns = self.sampler.chunk(seed, start // CHUNK_ROWS, CHUNK_ROWS)
-            yield to_arrow(self.schema, {name: values[: end - start] for name, values in columns.items()})
+        """Rows ``first`` to ``end``, in order."""
+        return self.sampler.batches(seed, first, end)
 
 
 def _refuse_ranks(out: Path, ranks: Ranks) -> None:

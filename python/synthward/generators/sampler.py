@@ -1,0 +1,77 @@
+"""A generator's network as its sampler runs it: what is known of a row is added up, not multiplied out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synthward.encoding.layout import Layout
+from synthward.generators.networks import ResidualMLP
+from synthward.kernels import ResidualWeights, draw_tokens, product, residual_features
+
+
+class Sampler:
+    """A `ResidualMLP` cut between its layers, with a head of token logits followed by continuous outputs.
+
+    Every row's results are a function of that row's arguments alone, to the bit, whatever rows are computed with it.
+
+    Args:
+        network: its weights are copied.
+        layout: of the tokens and continuous columns that the head gives.
+        shift: float32 [vocabulary], added to the token logits.
+        allowed: bool [size] masks of token columns: other tokens of these are never drawn.
+    """
+
+    def __init__(
+        self, network: ResidualMLP, layout: Layout, shift: Tensor, allowed: dict[int, Tensor] | None = None
+    ) -> None:
+        vocabulary = layout.vocabulary
+        self.offsets = torch.from_numpy(layout.offsets)
+        norms = [*network.norms, network.norm]
+        self._network = ResidualWeights(
+            _stack([block.weight for block in network.blocks], network.stem.out_features),
+            _stack([block.bias for block in network.blocks]).view(-1, network.stem.out_features),
+            torch.stack([norm.weight.detach() for norm in norms]),
+            torch.stack([norm.bias.detach() for norm in norms]),
+            network.norm.eps,
+        )
+        weight, bias = network.head.weight.detach(), network.head.bias.detach()
+        self._head = weight[:vocabulary].contiguous()
+        self._head_bias = bias[:vocabulary] + shift
+        for column, mask in (allowed or {}).items():
+            start = int(self.offsets[column])
+            self._head_bias[start : start + len(mask)].masked_fill_(~mask, -torch.inf)
+        self._further, self._further_bias = weight[vocabulary:].contiguous(), bias[vocabulary:].contiguous()
+        self._columns = network.stem.weight.detach().T.contiguous()
+        self.bias = network.stem.bias.detach().clone()
+
+    def inputs(self, first: int, count: int) -> Tensor:
+        """Rows [count, hidden] of the first layer: what a unit of the inputs ``first ..`` adds to its sum."""
+        return self._columns[first : first + count]
+
+    def features(self, sums: Tensor, common: Tensor, values: Tensor, value_weights: Tensor) -> Tensor:
+        """What the head is applied to, [R, hidden]; arguments as `synthward.kernels.residual_features` has them."""
+        return residual_features(sums, common, values, value_weights, self._network)
+
+    def draw(
+        self,
+        features: Tensor,
+        columns: Tensor,
+        uniforms: Tensor,
+        added: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens int64 [R, k] of ``columns`` int64 [R, k]; the row of ``added`` of each is added to ``sums``."""
+        return draw_tokens(
+            *(features, self._head, self._head_bias, self.offsets, columns, uniforms), added=added, sums=sums
+        )
+
+    def further(self, features: Tensor) -> Tensor:
+        """The continuous outputs, [R, continuous]."""
+        return product(features, self._further, self._further_bias, is_transposed=True)
+
+
+def _stack(tensors: list[Tensor], width: int | None = None) -> Tensor:
+    if tensors:
+        return torch.stack([t.detach() for t in tensors])
+    return torch.zeros(0) if width is None else torch.zeros(0, width, width)
