@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from synthward.engine.distributed.exchange import copy_from_main
+from synthward.engine.distributed.hostmem import shared_zeros
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.engine.sums import Buckets, FlatSums
@@ -178,6 +179,11 @@ class FlatParameters(Spans):
             span.parameter.data = view
             span.parameter.grad = None
         copy_from_main(self.ranks, [self.data, *module.buffers()])
+        # Where each rank leaves what it has updated for the others, if they can see it there.
+        self._board: Tensor | None = None
+        if self.ranks.world_size > 1 and self.device.type == "cpu":
+            board = shared_zeros(self.ranks, 1, self._buckets.length, torch.float32)
+            self._board = None if board is None else board[0]
         self.note_places()
         self._owned = [self._buckets.own(bucket) for bucket in range(len(self._buckets.bounds))]
         self.own_size = sum(stop - start for start, stop in self._owned)
@@ -206,7 +212,7 @@ class FlatParameters(Spans):
 
     def share(self) -> None:
         """Copy the parameters that each rank has updated to all others."""
-        self._buckets.gather(self.data)
+        self._buckets.gather(self.data, self._board)
 
     def spread(self, own: Tensor) -> list[Tensor]:
         """A buffer over this rank's coordinates as a tensor for each parameter, whole (copies). All ranks take part."""

@@ -142,8 +142,8 @@ class FusedAdam:
                 bias_variance=bias,
                 min_second_moment=None if bias is None else float(group["min_second_moment"]),
             )
-        flat.sums.release()
         flat.share()
+        flat.sums.release()
 
     def _bias_variances(self, noise: Noise, grad_scale: float) -> dict[int, float]:
         """What is taken off the second moment, by index of the optimizer's group; not there where nothing is."""
@@ -240,8 +240,8 @@ class FusedSgd:
                 correlation=noise.part(piece),
             )
         self._is_first = False
-        flat.sums.release()
         flat.share()
+        flat.sums.release()
 
     def _buffer(self) -> Tensor:
         if self._momentum is None:

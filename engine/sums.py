@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from synthward.engine.distributed.exchange import Pending, start_all_gather, start_reduce_scatter
+from synthward.engine.distributed.hostmem import meet, shared_zeros
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import PrivacyError
 
@@ -47,7 +48,7 @@ class Sums(Protocol):
         """A stretch of what this rank owns, 1-D: elements ``at : at + length`` of its own coordinates."""
 
     def release(self) -> None:
-        """What this rank owns has been used, and is zero; so is all else then."""
+        """What all ranks own has been used, and is zero here; so is all else then."""
 
     def drop(self) -> None:
         """Forget everything that was added."""
@@ -75,9 +76,19 @@ class Buckets:
         length = (stop - start) // self.ranks.world_size
         return start + self.ranks.rank * length, start + (self.ranks.rank + 1) * length
 
-    def gather(self, flat: Tensor) -> None:
-        """Copy what each rank owns of `flat` to all others."""
+    def gather(self, flat: Tensor, board: Tensor | None = None) -> None:
+        """Copy what each rank owns of `flat` to all others; by way of `board`, as long, if all ranks see that one."""
         if self.ranks.world_size == 1:
+            return
+        if board is not None:
+            for bucket in range(len(self.bounds)):
+                low, high = self.own(bucket)
+                board[low:high] = flat[low:high]
+            meet(self.ranks)
+            for bucket, (start, stop) in enumerate(self.bounds):
+                low, high = self.own(bucket)
+                flat[start:low] = board[start:low]
+                flat[high:stop] = board[high:stop]
             return
         pending: list[Pending] = []
         for start, stop in self.bounds:
@@ -106,7 +117,14 @@ class FlatSums:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.shapes = [shape for _, _, shape in ranges]
-        self.flat = torch.zeros(buckets.length, dtype=dtype, device=device)
+        # The sums of all ranks [W, length], where they see each other's.
+        self._everybodys: Tensor | None = None
+        if buckets.ranks.world_size > 1 and device.type == "cpu":
+            self._everybodys = shared_zeros(buckets.ranks, buckets.ranks.world_size, buckets.length, dtype)
+        if self._everybodys is None:
+            self.flat = torch.zeros(buckets.length, dtype=dtype, device=device)
+        else:
+            self.flat = self._everybodys[buckets.ranks.rank]
         self._views = [self.flat[start:stop].view(shape) for start, stop, shape in ranges]
         self._buckets, self._owned = buckets, list(owned)
         self._of_position = [
@@ -142,7 +160,7 @@ class FlatSums:
         self._is_last = is_last and self._buckets.ranks.world_size > 1
 
     def done(self, position: int) -> None:
-        if not self._is_last:
+        if not self._is_last or self._everybodys is not None:
             return
         for bucket in self._of_position[position]:
             self._missing[bucket] -= 1
@@ -154,6 +172,13 @@ class FlatSums:
 
     def complete(self) -> None:
         if self._buckets.ranks.world_size == 1:
+            return
+        if self._everybodys is not None:
+            meet(self._buckets.ranks)
+            others = [r for r in range(len(self._everybodys)) if r != self._buckets.ranks.rank]
+            for low, high in self._owned:
+                for rank in others:
+                    self.flat[low:high] += self._everybodys[rank, low:high]
             return
         while self._next >= 0:
             self._start()
@@ -181,7 +206,18 @@ class FlatSums:
 
     def gather(self) -> None:
         """Copy what each rank owns to all others."""
-        self._buckets.gather(self.flat)
+        if self._everybodys is None:
+            self._buckets.gather(self.flat)
+            return
+        meet(self._buckets.ranks)
+        size = self._buckets.ranks.world_size
+        for start, stop in self._buckets.bounds:
+            length = (stop - start) // size
+            for rank in range(size):
+                low = start + rank * length
+                self.flat[low : low + length] = self._everybodys[rank, low : low + length]
+        # Nobody writes to what others still copy.
+        meet(self._buckets.ranks)
 
     def release(self) -> None:
         ranks = self._buckets.ranks
