@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> SavedFile:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        for data in (len(text).to_bytes(8, "little"), text, *(tensors[name] for name in order)):
-            raw = _raw(data) if isinstance(data, Tensor) else data
+        pieces: Iterable[bytes | memoryview[int]] = (_raw(tensors[name]) for name in order)
+        for raw in chain((len(text).to_bytes(8, "little"), text), pieces):
             digest.update(raw)
             file.write(raw)
         file.flush()
@@ -214,8 +215,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> SavedFile:
     return SavedFile(8 + len(text) + end, digest.hexdigest())
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _raw(tensor: Tensor) -> memoryview[int]:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_file(path: Path, name: str, saved: SavedFile) -> None:

@@ -59,6 +59,16 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
 
 def keep_saving(path: Path, store: Path, rank: int, side: int, at: int) -> None:
     """Save checkpoints, each numbered one more than the last, for ever."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=SIZE,
+        timeout=timedelta(seconds=PATIENCE),
+    )
+    ranks = Ranks.current()
+    ranks.barrier()
+    ready(store, rank).touch()
     trap = Trap(at)
     for owner, name in (
         (os, "fsync"),
@@ -68,19 +78,16 @@ def keep_saving(path: Path, store: Path, rank: int, side: int, at: int) -> None:
         (shutil, "rmtree"),
     ):
         trap.around(owner, name)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=SIZE,
-        timeout=timedelta(seconds=PATIENCE),
-    )
-    ranks = Ranks.current()
     number = ranks.lead(lambda: read_index(path).info["number"] if is_saved(path) else 0)
     while True:
         number += 1
         save_sharded(path, tensors(number), ranks, {"number": number})
         os.write(side, f"{number}\n".encode())
+
+
+def ready(store: Path, rank: int) -> Path:
+    """Is there when a rank has its group: before, there is none to lose."""
+    return store.with_name(f"{store.name}-{rank}")
 
 
 def start(path: Path, store: Path, rank: int, side: Path, at: int) -> int:
@@ -107,7 +114,11 @@ def once(folder: Path, number: int, rng: random.Random) -> dict[str, int]:
     at = 0 if by_time else rng.randint(1, 40 if victim == 0 else 12)
     pids = [start(path, store, rank, side, at if rank == victim else 0) for rank in range(SIZE)]
     if by_time:
-        time.sleep(rng.uniform(0.02, 0.6))
+        end = time.monotonic() + PATIENCE
+        while not all(ready(store, rank).exists() for rank in range(SIZE)):
+            assert time.monotonic() < end, "the ranks found no group"
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.5))
         os.kill(pids[victim], signal.SIGKILL)
     status = os.waitpid(pids[victim], 0)[1]
     died = time.monotonic()
@@ -115,10 +126,9 @@ def once(folder: Path, number: int, rng: random.Random) -> dict[str, int]:
     what = f"kill {number} of rank {victim} ({'by time' if by_time else f'at point {at}'})"
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{what}: {status}"
     waited = time.monotonic() - died
-    lost = os.WIFEXITED(other) and os.WEXITSTATUS(other) == LOST
-    # A rank that waits for the group to form has no group to lose.
-    assert lost or not store_is_complete(store), f"{what}: the other ended with {other} after {waited:.1f} s"
-    assert waited < PATIENCE + 10, what
+    # The other ends at once, not after the time limit of its group.
+    assert os.WIFEXITED(other) and os.WEXITSTATUS(other) == LOST, f"{what}: the other ended with {other}"
+    assert waited < PATIENCE / 2, f"{what}: the other ended after {waited:.1f} s"
     returned = max((int(line) for line in side.read_text().split()), default=last)
     if is_saved(path):
         found = read_index(path).info["number"]
@@ -128,11 +138,7 @@ def once(folder: Path, number: int, rng: random.Random) -> dict[str, int]:
         found = 0
     assert returned <= found <= returned + 1, f"{what}: {found} is kept, {returned} was returned"
     left = [p for p in path.glob("data-*") if not is_saved(path) or p.name != data_of(path)]
-    return {"old": found == returned, "new": found == returned + 1, "leftovers": bool(left), "lost": lost}
-
-
-def store_is_complete(store: Path) -> bool:
-    return store.exists() and store.stat().st_size > 0
+    return {"old": found == returned, "new": found == returned + 1, "leftovers": bool(left)}
 
 
 def data_of(path: Path) -> str:
@@ -141,7 +147,7 @@ def data_of(path: Path) -> str:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
-    total = {"kills": 0, "old": 0, "new": 0, "leftovers": 0, "lost": 0}
+    total = {"kills": 0, "old": 0, "new": 0, "leftovers": 0}
     for number in range(kills):
         for name, count in once(folder, number, rng).items():
             total[name] += count
