@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from synthward.encoding import TableEncoder
 from synthward.engine.errors import CheckpointError, OutputError
-from synthward.engine.ledger import Ledger
 from synthward.generators import Generator, build_generator
 from synthward.generators.registry import make_settings
 from synthward.schema import Schema, load_schema
+
+if TYPE_CHECKING:
+    from synthward.engine.ledger import Ledger
 
 RUN_FILE, SCHEMA_FILE, LEDGER_FILE = "run.json", "schema.toml", "ledger.jsonl"
 ENCODER_FILE, MODEL_FILE, CHECKPOINT_FOLDER = "encoder.json", "model.safetensors", "checkpoint"
@@ -71,6 +73,9 @@ class RunFolder:
 
     def open_ledger(self, *, readonly: bool = False) -> Ledger:
         """The run's ledger; one that was put back to an older state is a `LedgerError`."""
+        # Accounting takes long to import, and a sampler needs none.
+        from synthward.engine.ledger import Ledger
+
         return Ledger.open(self.ledger_path, expected_head=self.info.get("ledger_head"), readonly=readonly)
 
     def update(self, **fields: Any) -> None:
