@@ -282,5 +282,5 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout)
     assert seen["kills"] == KILLS
-    # Kills before and after the replacement of the index.
-    assert seen["old"] and seen["new"] and seen["leftovers"], seen
+    # Kills before and after the replacement of the index. Gloo does not see at once of every peer that it is gone.
+    assert seen["old"] and seen["new"] and seen["leftovers"] and seen["lost"] > KILLS / 2, seen
