@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from synthward.data import check_dataset
+from synthward.data import Layout, check_dataset
+from synthward.run.cohort import CHUNK_ROWS
 from tests.commandline import environment, fit_arguments, run
 from tests.distributed.launch import PLAIN, run_ranks, started
 from tests.tinydata import write_tiny
@@ -61,15 +63,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 def say(arguments: list[str]) -> tuple[int, str, str]:
     """The command in this process, with small chunks: exit code and both streams."""
     from synthward.cli import main
-    from synthward.run import sampling
 
-    before, sampling.CHUNK_ROWS = sampling.CHUNK_ROWS, CHUNK
     out, err = io.StringIO(), io.StringIO()
+    with small_chunks(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return main(arguments), out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def small_chunks() -> Iterator[None]:
+    from synthward.run import cohort, sampling
+
+    before = cohort.CHUNK_ROWS
+    cohort.CHUNK_ROWS = sampling.CHUNK_ROWS = CHUNK
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return main(arguments), out.getvalue(), err.getvalue()
+        yield
     finally:
-        sampling.CHUNK_ROWS = before
+        cohort.CHUNK_ROWS = sampling.CHUNK_ROWS = before
 
 
 def say_each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
@@ -79,9 +88,7 @@ def say_each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
 def die_at(arguments: list[str], victim: int, point: int) -> int:
     """The command in this process; the victim is killed by its ``point``-th call that touches the disk."""
     from synthward.cli import main
-    from synthward.run import sampling
 
-    sampling.CHUNK_ROWS = CHUNK
     if int(os.environ["RANK"]) == victim:
         calls = 0
 
@@ -97,7 +104,8 @@ def die_at(arguments: list[str], victim: int, point: int) -> int:
 
         for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "unlink")):
             setattr(owner, name, dies(getattr(owner, name)))
-    code = main(arguments)
+    with small_chunks():
+        code = main(arguments)
     if code:
         sys.exit(code)
     return code
@@ -150,7 +158,8 @@ def test_torchrun_makes_the_same_cohort_by_any_number_of_ranks(tmp_path, finishe
         done = torchrun(ranks, tmp_path, *asked, "--out", name)
         assert done.returncode == 0, done.stderr[-3000:]
         [line] = done.stdout.splitlines()
-        assert json.loads(line)["rows"] == 20_000 and json.loads(line)["parts"] == 3
+        result = json.loads(line)
+        assert (result["rows"], result["parts"]) == (20_000, Layout.of(20_000, CHUNK_ROWS).parts)
         assert done.stderr.count("20,000/20,000 (100%)") in (1, 2), "one rank shows progress"
         assert contents(tmp_path / name) == contents(tmp_path / "one")
     found = pads.dataset(tmp_path / "two").to_table()
@@ -244,8 +253,8 @@ def test_killed_anywhere_and_resumed_by_another_number_of_ranks(tmp_path, finish
 
 
 @pytest.mark.slow
-def test_torchrun_itself_killed_then_one_process_goes_on(tmp_path, finished_run, whole):
-    """All of them at once, as a machine that loses its power."""
+def test_all_killed_at_once_then_one_process_goes_on(tmp_path, finished_run, whole):
+    """As a machine that loses its power; whole parts are kept as they are."""
     out = tmp_path / "cohort"
     with started(2, say, words(finished_run, out), join=False) as group:
         end = time.monotonic() + 120

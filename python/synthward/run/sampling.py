@@ -97,10 +97,6 @@ class _Source:
         condition = parse_where(where, schema) if where else None
         return cls(folder, schema, CohortSampler(schema, encoder, generator, condition), rows)
 
-    def batches(self, seed: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
-        """Rows ``first`` to ``end``, in order."""
-        return self.sampler.batches(seed, first, end)
-
 
 def _refuse_ranks(out: Path, ranks: Ranks) -> None:
     if ranks.world_size > 1:
@@ -121,7 +117,7 @@ def _sample_file(asked: _Asked, progress: Progress) -> dict[str, Any]:
         ) as writer:
             write_atomic(_seed_file(out), json.dumps({"request": request, "seed": seed}).encode())
             task.advance(min(writer.rows_done, source.rows))
-            for batch in source.batches(seed, writer.rows_done, source.rows):
+            for batch in source.sampler.batches(seed, writer.rows_done, source.rows):
                 writer.write(batch)
                 task.advance(batch.num_rows)
             writer.close(_metadata(source.folder))
@@ -186,7 +182,7 @@ def _write_parts(
 
     def make(part: int) -> PartRecord:
         first = layout.first_row(part)
-        made = source.batches(job.seed, first, first + layout.rows_of(part))
+        made = source.sampler.batches(job.seed, first, first + layout.rows_of(part))
         return writer.write(part, count.through(made))
 
     try:
