@@ -126,7 +126,7 @@ def once(folder: Path, number: int, rng: random.Random) -> dict[str, int]:
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{what}: {status}"
     lost = os.WIFEXITED(other) and os.WEXITSTATUS(other) == LOST
     assert lost or os.WTERMSIG(other) == signal.SIGTERM, f"{what}: the other ended with {other}"
-    returned = max((int(line) for line in side.read_text().split()), default=last)
+    returned = max([last, *(int(line) for line in side.read_text().split())]) if side.exists() else last
     if is_saved(path):
         found = read_index(path).info["number"]
         values = load_sharded(path, None, Ranks.alone())
