@@ -58,7 +58,8 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
 
 
 def keep_saving(path: Path, store: Path, rank: int, side: int, at: int) -> None:
-    """Save checkpoints, each numbered one more than the last, for ever."""
+    """Save checkpoints, each numbered one more than the last, for ever; killed at a point, or, if it is below 0, at one
+    of the replacement of the index alone."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -69,15 +70,16 @@ def keep_saving(path: Path, store: Path, rank: int, side: int, at: int) -> None:
     ranks = Ranks.current()
     ranks.barrier()
     ready(store, rank).touch()
-    trap = Trap(at)
+    trap = Trap(abs(at))
     for owner, name in (
+        (Path, "replace"),
         (os, "fsync"),
         (Path, "mkdir"),
-        (Path, "replace"),
         (Path, "unlink"),
         (shutil, "rmtree"),
     ):
-        trap.around(owner, name)
+        if at > 0 or name == "replace":
+            trap.around(owner, name)
     number = ranks.lead(lambda: read_index(path).info["number"] if is_saved(path) else 0)
     while True:
         number += 1
@@ -112,6 +114,9 @@ def once(folder: Path, number: int, rng: random.Random) -> dict[str, int]:
     last = read_index(path).info["number"] if is_saved(path) else 0
     victim, by_time = rng.randrange(SIZE), rng.random() < 0.4
     at = 0 if by_time else rng.randint(1, 40 if victim == 0 else 12)
+    if number % 6 == 0:
+        # Right before the index is replaced, and right after.
+        victim, by_time, at = 0, False, -1 - number // 6 % 2
     pids = [start(path, store, rank, side, at if rank == victim else 0) for rank in range(SIZE)]
     if by_time:
         end = time.monotonic() + PATIENCE
