@@ -10,7 +10,10 @@ import typer
 from synthward.commands.common import Json, budget_line, emit, interruptible, remark
 
 Cohorts = Annotated[
-    list[Path] | None, typer.Option("--cohort", help="A cohort made from the run; may be given again.")
+    list[Path] | None,
+    typer.Option(
+        "--cohort", help="A cohort (file or folder of parts) made from the run; may be given again."
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from synthward.commands.fit import spent_budget
 from synthward.progress import Progress, make_progress
 
 CURVE_POINTS = 16
-COHORT_FILE = "cohort.parquet"
+COHORT_FILE, COHORT_FOLDER = "cohort.parquet", "cohort"
 
 
 @interruptible("nothing was written; run the command again")
@@ -30,7 +30,9 @@ def evaluate(
     ] = None,
     synthetic: Annotated[
         Path | None,
-        typer.Option("--synthetic", help="Cohort; default: cohort.parquet in RUN, else one is sampled."),
+        typer.Option(
+            "--synthetic", help="Cohort; default: cohort.parquet or cohort/ in RUN, else one is sampled."
+        ),
     ] = None,
     releasable: Annotated[
         bool, typer.Option("--releasable", help="Leave out all that is computed from real records.")
@@ -158,8 +160,9 @@ def _cohort(folder: Any, synthetic: Path | None, progress: Progress) -> Iterator
     """The cohort to evaluate: the given one, the run's own, or one that is sampled for the occasion."""
     from synthward.run import sample_run
 
-    if synthetic is not None or (folder.path / COHORT_FILE).is_file():
-        yield synthetic or folder.path / COHORT_FILE
+    own = [place for name in (COHORT_FILE, COHORT_FOLDER) if (place := folder.path / name).exists()]
+    if synthetic is not None or own:
+        yield synthetic or own[0]
         return
     with tempfile.TemporaryDirectory(prefix="synthward-") as temporary:
         path = Path(temporary) / COHORT_FILE

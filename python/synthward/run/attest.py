@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from synthward import __version__
+from synthward.data.manifest import MANIFEST_FILE, check_dataset, read_manifest
 from synthward.engine import Ledger
-from synthward.engine.errors import CheckpointError, ConfigError, OutputError, PrivacyError
+from synthward.engine.errors import CheckpointError, ConfigError, DataError, OutputError, PrivacyError
 from synthward.run.folder import (
     ENCODER_FILE,
     LEDGER_FILE,
@@ -86,7 +87,9 @@ def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
 
 
 def sign_run(run: Path, key_file: Path, cohorts: Sequence[Path] = ()) -> Path:
-    """Sign a finished run and cohorts made from it; returns the envelope's path, in the run's folder.
+    """Sign a finished run and cohorts made from it (files, or folders of parts, by their manifests).
+
+    Returns the envelope's path, in the run's folder.
 
     Raises:
         CheckpointError: the run is unfinished. ConfigError: no usable key. LedgerError: the ledger is damaged.
@@ -97,7 +100,7 @@ def sign_run(run: Path, key_file: Path, cohorts: Sequence[Path] = ()) -> Path:
     key = _private_key(key_file)
     # What an audit found is shown in the privacy statement, so that it is vouched for like the rest.
     audits = [folder.path / AUDIT_FILE] if (folder.path / AUDIT_FILE).is_file() else []
-    files = [folder.path / name for name in RUN_FILES] + audits + list(cohorts)
+    files = [folder.path / name for name in RUN_FILES] + audits + [_named(cohort) for cohort in cohorts]
     names = [file.name for file in files]
     if len(set(names)) != len(names):
         raise ConfigError("--cohort: two files have the same name; rename one, so that each can be told")
@@ -125,7 +128,7 @@ def verify_run(run: Path, public_key: Path | None = None, cohorts: Sequence[Path
     Args:
         public_key: PEM file of the signer. Without it, the signature is not checked: whoever could change the files
             could have made it.
-        cohorts: where signed cohorts lie, if not in the run's folder or beside it.
+        cohorts: where signed cohorts (files, or folders of parts) lie, if not in the run's folder or beside it.
 
     Returns:
         The signed predicate, with ``signed`` (whether a signature was checked), ``key_id``, ``files``, and
@@ -138,7 +141,7 @@ def verify_run(run: Path, public_key: Path | None = None, cohorts: Sequence[Path
     envelope_file = folder.path / ATTESTATION_FILE
     key = None if public_key is None else _public_key(public_key)
     statement = _open_envelope(envelope_file, key)
-    places = {cohort.name: cohort for cohort in cohorts}
+    places = {_named(cohort).name: cohort for cohort in cohorts}
     subjects = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
     for name in RUN_FILES:
         if name not in subjects:
@@ -250,7 +253,7 @@ def _locate(folder: Path, name: str, places: dict[str, Path]) -> list[Path]:
         return [folder / name]
     if name in places:
         return [places[name]]
-    found = [place for place in (folder / name, folder.absolute().parent / name) if place.is_file()]
+    found = [place for place in (folder / name, folder.absolute().parent / name) if place.exists()]
     if not found:
         raise PrivacyError(
             f"{name}: was signed with the run and is not here; say where it lies with --cohort FILE"
@@ -258,14 +261,25 @@ def _locate(folder: Path, name: str, places: dict[str, Path]) -> list[Path]:
     return found
 
 
+def _named(cohort: Path) -> Path:
+    """The path with its last name, which ``.`` does not have."""
+    return cohort if cohort.name else cohort.absolute()
+
+
 def _sha256(file: Path) -> str:
+    """Of a file; of a cohort in parts that of its manifest, when every part is the one that the manifest names."""
     try:
+        if file.is_dir():
+            if read_manifest(file) is None:
+                raise ConfigError(f"{file}: is a folder without a manifest; name each file of the cohort")
+            check_dataset(file)
+            file = file / MANIFEST_FILE
         with file.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{file}: is a folder; name each file of the cohort") from None
+    except DataError as error:
+        raise PrivacyError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{file}: can not be read ({error.strerror})") from None
 
