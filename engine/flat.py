@@ -149,6 +149,11 @@ class Spans:
         """Where a parameter lies in memory."""
         return span.parameter.data_ptr()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether forward and backward passes are exchanges of all ranks, who then have to go through the same ones."""
+        return False
+
     def watch(self, state: CaptureState) -> None:
         """Tell a capture what stands for a parameter in the forward pass, where it is not the parameter itself."""
 

@@ -30,10 +30,15 @@ Pattern = tuple[tuple[tuple[str, tuple[int, ...], int], ...], int]
 
 
 class IndependenceProbe:
-    """Decides when to probe and remembers which patterns of calls were found independent."""
+    """Decides when to probe and remembers which patterns of calls were found independent.
 
-    def __init__(self, state: CaptureState) -> None:
-        self._state = state
+    Args:
+        any_rank: whether something holds on any of the ranks that go through all passes together (sharded parameters):
+            if one of them probes, all do. None: passes are this process's own.
+    """
+
+    def __init__(self, state: CaptureState, any_rank: Callable[[bool], bool] | None = None) -> None:
+        self._state, self._any_rank = state, any_rank
         self._passes_of: dict[Pattern, int] = {}
         self._shown: set[Pattern] = set()
         self._passes = 0
@@ -52,27 +57,43 @@ class IndependenceProbe:
             UnsupportedOperationError: another unit's rows took part in a unit's loss, or a captured call takes part
                 in `others` alone, where nothing shows whose rows are whose.
         """
-        rows = layout.num_rows
-        if layout.num_units < 2 or rows == 0:
-            return
-        calls = tuple((op, positions, leading // rows) for op, positions, leading in self._state.calls)
-        pattern: Pattern = (calls, self._state.trace)
-        self._passes += 1
-        count = self._passes_of[pattern] = self._passes_of.get(pattern, 0) + 1
+        can_show = layout.num_units >= 2 and layout.num_rows > 0
+        pattern, count = self._count(layout) if can_show else (None, 1)
         # Powers of two: a path that a gate of zeros (or a rate of zero) closes at first may open at any time.
-        is_due = count & (count - 1) == 0 or (count <= _ATTEMPTS and pattern not in self._shown)
-        if not is_due and not self._state.is_arranged:
+        is_due = can_show and (
+            count & (count - 1) == 0 or (count <= _ATTEMPTS and pattern not in self._shown)
+        )
+        is_wanted = is_due or (can_show and self._state.is_arranged)
+        if not (is_wanted if self._any_rank is None else self._any_rank(is_wanted)):
             return
-        # The first and the last: one of them sees a running sum over the batch, and both a reversed batch.
-        units = [0, layout.num_units - 1]
-        # Each batch may be arranged in its own way, so each is looked at, another unit every time.
-        if self._state.is_arranged or count > 1:
-            units = sorted({*units, self._passes * _STRIDE % layout.num_units})
-        has_power = [self._probe(outputs, weights_of(unit), unit, layout) for unit in units]
-        if all(has_power):
+        # The first and the last: one of them sees a running sum over the batch, and both a reversed batch. Each batch
+        # may be arranged in its own way, so another one every time.
+        units = [0, layout.num_units - 1, self._passes * _STRIDE % max(layout.num_units, 1)]
+        if self._any_rank is None:
+            units = sorted(set(units if self._state.is_arranged or count > 1 else units[:2]))
+        has_power = [self._probe(outputs, weights_of(unit), unit, layout) for unit in units if can_show]
+        if not can_show:
+            for _ in units:
+                self._pass_through(outputs)
+        elif all(has_power) and pattern is not None:
             self._shown.add(pattern)
         if is_due and others:
             self._check_others([outputs] if isinstance(outputs, Tensor) else outputs, others)
+
+    def _count(self, layout: Layout) -> tuple[Pattern, int]:
+        """The pattern of the forward pass, and how often it has come."""
+        calls = tuple((op, places, leading // layout.num_rows) for op, places, leading in self._state.calls)
+        pattern: Pattern = (calls, self._state.trace)
+        self._passes += 1
+        count = self._passes_of[pattern] = self._passes_of.get(pattern, 0) + 1
+        return pattern, count
+
+    def _pass_through(self, outputs: Tensor | Sequence[Tensor]) -> None:
+        """A backward pass that shows nothing, while other ranks look at theirs."""
+        found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        zeros = [torch.zeros_like(output) for output in found]
+        with self._state.probe(lambda kept: None):
+            torch.autograd.grad(found, [self._state.anchor], zeros, retain_graph=True, allow_unused=True)
 
     def _check_others(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         unseen = self._reached([*outputs, *others]) - self._reached(outputs)

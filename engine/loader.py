@@ -88,6 +88,7 @@ class PoissonLoader(DataLoader[Any]):
         units = len(np.unique(unit_ids)) if unit_ids is not None else rows_of(loader)
         if units == 0:
             raise ConfigError("data_loader: its data set is empty")
+        self.units = units
         self.draw: Draw | None = None
         self._batches = PoissonBatches(sampling.sampler(units, key), unit_ids, ranks)
         collate = loader.collate_fn if loader.collate_fn is not None else default_collate

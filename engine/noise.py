@@ -130,7 +130,7 @@ class DiscreteSums:
             )
 
     def release(self, noise: Noise) -> None:
-        """Round, add the noise and leave the result, float32, where the update reads it; the sums are zero then."""
+        """Round, add the noise and leave the result, float32, where the update reads it. `finish` ends the release."""
         for piece in self._flat.pieces:
             discrete_release_(
                 self.sums.own(piece.at, len(piece.param)),
@@ -142,6 +142,9 @@ class DiscreteSums:
                 grid=self.grid,
                 noise_std=noise.std,
             )
+
+    def finish(self) -> None:
+        """All ranks have what they need of the sums; they are zero then."""
         self.sums.release()
         self._units = self._rows = 0
 

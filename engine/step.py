@@ -150,6 +150,8 @@ class DPStep:
                 self.discrete.release(noise)
                 noise = replace(noise, std=0.0, variance=noise.std**2)
             self.updater.update(noise, self._grad_scale)
+            if self.discrete is not None:
+                self.discrete.finish()
         self.source.close()
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
         self.has_sum = False

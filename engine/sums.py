@@ -48,7 +48,8 @@ class Sums(Protocol):
         """A stretch of what this rank owns, 1-D: elements ``at : at + length`` of its own coordinates."""
 
     def release(self) -> None:
-        """What all ranks own has been used, and is zero here; so is all else then."""
+        """Everything is zero then. What this rank owns has been used and is zero already, and all ranks have met since
+        they read each other's sums."""
 
     def drop(self) -> None:
         """Forget everything that was added."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
+from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, check_ledger
 from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.distributed.sharded import ShardedParameters
 from synthward.engine.errors import (
     BudgetExceededError,
     CheckpointError,
@@ -73,6 +75,7 @@ class PrivateTrainer:
         self.plan, self.ledger, self.perf = plan, ledger, perf or PerfSpec()
         self.ranks = Ranks.current() if ranks is None else ranks
         check_ledger(self.ranks, ledger)
+        check_same(self.ranks, {"plan": repr(plan), "way to compute a step (PerfSpec)": repr(self.perf)})
         self._step = DPStep(
             module,
             optimizer,
@@ -83,7 +86,10 @@ class PrivateTrainer:
             perf=self.perf,
             ranks=self.ranks,
         )
-        self._probe = IndependenceProbe(self._step.state)
+        flat = self._step.flat
+        self._probe = IndependenceProbe(
+            self._step.state, flat.any_rank if isinstance(flat, ShardedParameters) else None
+        )
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._steps_done = 0
 
@@ -142,7 +148,7 @@ class PrivateTrainer:
                     "the losses do not depend on any parameter through captured calls; run the forward "
                     "pass under `with trainer.capture():`"
                 )
-            if layout.num_units:
+            if layout.num_units or self._step.flat.is_sharded:
                 # What torch.autograd.grad left behind in the forward pass is no part of this one.
                 state.abandon()
                 state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -34,8 +34,15 @@ def check_agreement(
         "noise": repr(noise),
         "expected batch size": expected_batch_size,
         "network (names, shapes and kinds of its parameters)": parameters,
-        "optimizer": _settings(optimizer),
+        "optimizer (class, settings, order of its parameters)": _settings(module, optimizer),
     }
+    check_same(ranks, mine)
+
+
+def check_same(ranks: Ranks, mine: Mapping[str, object]) -> None:
+    """`PrivacyError` that names the first entry that is not the same on all ranks. All ranks take part."""
+    if ranks.world_size == 1:
+        return
     everybody = ranks.gather(mine)
     for what in mine:
         if any(theirs[what] != everybody[0][what] for theirs in everybody):
@@ -44,12 +51,13 @@ def check_agreement(
             )
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> list[object]:
-    """Its class and the plain settings of its groups."""
+def _settings(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[object]:
+    """Its class, the plain settings of its groups and the names of their parameters."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     plain: Callable[[object], bool] = lambda value: isinstance(value, bool | int | float | str | tuple)  # noqa: E731
     groups = [
         {key: value for key, value in group.items() if key != "params" and plain(value)}
         for group in optimizer.param_groups
     ]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    return [type(optimizer).__qualname__, groups, sizes]
+    order = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+    return [type(optimizer).__qualname__, groups, order]

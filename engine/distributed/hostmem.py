@@ -50,7 +50,7 @@ def meet(ranks: Ranks) -> None:
 
 
 def _make(size: int) -> tuple[str, bytes] | None:
-    """A file of that many bytes that exist (writing to what does not would end the process), and what it begins with."""
+    """A file of so many bytes that exist (writing to what does not would end the process), and what it begins with."""
     token = secrets.token_bytes(16)
     try:
         handle, path = tempfile.mkstemp(prefix="synthward-", dir=_FOLDER)
@@ -61,7 +61,7 @@ def _make(size: int) -> tuple[str, bytes] | None:
         os.pwrite(handle, token, 0)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            Path(path).unlink()
         return None
     finally:
         os.close(handle)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from synthward.engine.capture import CaptureState
-from synthward.engine.distributed.exchange import Pending, start_reduce_scatter
+from synthward.engine.distributed.exchange import Pending, start_reduce_scatter, sum_over
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, UnsupportedOperationError
 from synthward.engine.flat import Piece, Span, Spans
@@ -56,6 +56,14 @@ class ShardedParameters(Spans):
 
     def pointer(self, span: Span) -> int:
         return _local(span.parameter).data_ptr()
+
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank. All ranks take part."""
+        return bool(sum_over(self.ranks, torch.tensor(float(flag), device=self.device)))
 
     def watch(self, state: CaptureState) -> None:
         watch_layers(self.module, state)

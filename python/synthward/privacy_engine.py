@@ -22,6 +22,7 @@ from synthward.engine.accounting.calibrate import calibrate_noise_of
 from synthward.engine.accounting.events import StepsEvent
 from synthward.engine.accounting.matrix import Strategy
 from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_checkpoint, trainer_tensors
+from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, share_ledger
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.distributed.sharded import is_sharded
@@ -392,6 +393,16 @@ class PrivacyEngine:
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
             private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids, self.ranks)
+        check_same(
+            self.ranks,
+            {
+                "sampling": repr(sampling),
+                "number of rows of the data set, or units of it": None
+                if private_loader is None
+                else private_loader.units,
+                "number of steps": max_steps,
+            },
+        )
         event = sampling.event(core.noise, 1)
         lease = _Lease("" if self.ledger is None else self.ledger.new_part(), event)
         if self.ledger is not None:
