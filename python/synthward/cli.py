@@ -87,10 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if has_ranks() and not _ALL_RANKS.intersection(words):
-        if os.environ.get("RANK") == "0":
-            _say(
-                f"error: only {' and '.join(sorted(_ALL_RANKS))} run on several processes; leave torchrun away"
-            )
+        _say_once(
+            f"error: only {' and '.join(sorted(_ALL_RANKS))} run on several processes; leave torchrun away"
+        )
         return USER_ERROR
     try:
         code = get_command(app).main(args=words, prog_name="synthward", standalone_mode=False)
@@ -100,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Interrupted as stop:
-        _say(f"interrupted; {stop}")
+        _say_once(f"interrupted; {stop}")
         return INTERRUPTED
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say_once("interrupted")
         return INTERRUPTED
     except Exception as error:
         return _report(error)
@@ -116,7 +115,9 @@ def _report(error: Exception) -> int:
         return USER_ERROR
     line = _one_line(error)
     if line is not None:
-        _say(f"error: {line}")
+        # A mistake in the words of the command is one on every process that runs it.
+        say = _say_once if callable(getattr(error, "format_message", None)) else _say
+        say(f"error: {line}")
         return USER_ERROR
     traceback.print_exception(error)
     _say(
@@ -164,3 +165,9 @@ def _flat(text: str) -> str:
 
 def _say(line: str) -> None:
     print(f"synthward: {line}", file=sys.stderr, flush=True)
+
+
+def _say_once(line: str) -> None:
+    """What happens to all processes of a command, rank 0 says."""
+    if not has_ranks() or os.environ.get("RANK") == "0":
+        _say(line)

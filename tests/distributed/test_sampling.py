@@ -177,6 +177,28 @@ def test_torchrun_makes_the_same_cohort_by_any_number_of_ranks(tmp_path, finishe
 # one voice
 
 
+def test_a_mistake_in_the_options_is_told_once(tmp_path):
+    first, second = run_ranks(2, say, ["sample", str(tmp_path), "--rows", "many", "--out", "x"], join=False)
+    assert first[0] == second[0] == 2 and second[1:] == ("", "")
+    assert first[2].count("synthward: error:") == 1 and "'--rows'" in first[2]
+
+
+@pytest.mark.slow
+def test_an_interruption_is_told_once_and_gone_on_with(tmp_path, finished_run, whole):
+    out = tmp_path / "cohort"
+    with started(2, die_at, words(finished_run, out), -1, 0, join=False) as group:
+        end = time.monotonic() + 120
+        while len(list(tmp_path.glob("cohort.parts/part-*"))) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        for process in group.processes:
+            process.send_signal(signal.SIGINT)
+        assert group.wait(BOUND) == [130, 130], (group.stderr(0), group.stderr(1))
+        assert group.stderr(0).count("interrupted") == 1 and "--resume goes on" in group.stderr(0)
+        assert group.stderr(1) == ""
+    assert say(words(finished_run, out, "--resume"))[0] == 0
+    assert contents(out) == whole
+
+
 def test_what_is_wrong_is_told_once_and_nothing_is_lost(tmp_path, finished_run, whole):
     out, file, full = tmp_path / "cohort", tmp_path / "file", tmp_path / "full"
     file.write_text("mine")
@@ -190,7 +212,7 @@ def test_what_is_wrong_is_told_once_and_nothing_is_lost(tmp_path, finished_run, 
         "a folder named without a dot": [*asked, "--out", str(tmp_path / "cohort.xlsx")],
         "a file is written by one process: name a folder (--out": [*asked, "--out", str(out) + ".parquet"],
         "no run here": [*asked[:1], str(tmp_path), *asked[2:]],
-        "none of": [*asked, "--where", "first > 58 and last < 3"],
+        "error: --where: ": [*asked, "--where", "first > 58 and last < 3"],
         "--where: is empty": [*asked, "--where", " "],
     }
     good = [asked, asked, [*asked, "--resume"], [*asked, "--overwrite", "--seed", "6"]]
