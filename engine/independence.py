@@ -77,7 +77,7 @@ class IndependenceProbe:
                 self._pass_through(outputs)
         elif all(has_power) and pattern is not None:
             self._shown.add(pattern)
-        if is_due and others:
+        if others and (is_due or self._any_rank is not None):
             self._check_others([outputs] if isinstance(outputs, Tensor) else outputs, others)
 
     def _count(self, layout: Layout) -> tuple[Pattern, int]:

@@ -22,12 +22,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from synthward.engine.capture import Batch, current_task
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
-from synthward.engine.independence import IndependenceProbe
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
 from synthward.engine.rows import OutputReader, count_rows, no_rows, row_weights
 from synthward.engine.spec import REDUCTIONS
-from synthward.engine.step import DPStep
+from synthward.engine.step import DPStep, probe_of
 
 logger = logging.getLogger("synthward")
 # Steps after which a loss scale would grow.
@@ -87,7 +86,7 @@ class PrivateSession:
         self._charge, self.grad_scaler = charge, grad_scaler
         if grad_scaler is not None:
             grad_scaler.set_growth_interval(_NEVER)
-        self._probe, self._outputs = IndependenceProbe(step.state), OutputReader()
+        self._probe, self._outputs = probe_of(step), OutputReader()
         self._unit_ids: Tensor | None = None
         self._open: AbstractContextManager[None] | None = None
         # Calls of the module inside its own forward pass.

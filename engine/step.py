@@ -16,8 +16,10 @@ from synthward.engine.contributions import Contributions, Groups
 from synthward.engine.distributed.agreement import check_agreement
 from synthward.engine.distributed.exchange import sum_over
 from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.distributed.sharded import ShardedParameters
 from synthward.engine.errors import ConfigError
 from synthward.engine.flat import wrap_parameters
+from synthward.engine.independence import IndependenceProbe
 from synthward.engine.keys import KeySchedule
 from synthward.engine.memory import keep_freed_memory
 from synthward.engine.noise import DiscreteSums, NoiseSource
@@ -190,6 +192,12 @@ class DPStep:
         if self.has_sum or is_spoilt:
             self.flat.sums.drop()
             self.has_sum = False
+
+
+def probe_of(step: DPStep) -> IndependenceProbe:
+    """The probe of a step's passes; of sharded parameters all ranks take part in each."""
+    flat = step.flat
+    return IndependenceProbe(step.state, flat.any_rank if isinstance(flat, ShardedParameters) else None)
 
 
 class Quantile:

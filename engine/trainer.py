@@ -13,7 +13,6 @@ from synthward.engine.checkpoint import restore_tensors, trainer_tensors
 from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, check_ledger
 from synthward.engine.distributed.ranks import Ranks
-from synthward.engine.distributed.sharded import ShardedParameters
 from synthward.engine.errors import (
     BudgetExceededError,
     CheckpointError,
@@ -21,14 +20,13 @@ from synthward.engine.errors import (
     LedgerError,
     PrivacyError,
 )
-from synthward.engine.independence import IndependenceProbe
 from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
 from synthward.engine.ledger import Ledger
 from synthward.engine.plan import PrivacyPlan
 from synthward.engine.planner import Explanation
 from synthward.engine.spec import PerfSpec, check_positive
-from synthward.engine.step import DPStep
+from synthward.engine.step import DPStep, probe_of
 
 
 class PrivateTrainer:
@@ -86,10 +84,7 @@ class PrivateTrainer:
             perf=self.perf,
             ranks=self.ranks,
         )
-        flat = self._step.flat
-        self._probe = IndependenceProbe(
-            self._step.state, flat.any_rank if isinstance(flat, ShardedParameters) else None
-        )
+        self._probe = probe_of(self._step)
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._steps_done = 0
 

@@ -25,7 +25,6 @@ from synthward.engine.checkpoint import load_checkpoint, restore_tensors, save_c
 from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, share_ledger
 from synthward.engine.distributed.ranks import Ranks
-from synthward.engine.distributed.sharded import is_sharded
 from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
@@ -355,11 +354,6 @@ class PrivacyEngine:
         if Ranks.current().world_size != self.ranks.world_size:
             raise ConfigError(
                 "torch.distributed was initialized after PrivacyEngine was made; make it after that"
-            )
-        if any(is_sharded(parameter) for parameter in module.parameters()):
-            raise ConfigError(
-                "the module is sharded by fully_shard, which needs batches of one size on all ranks; train it by "
-                "PrivateTrainer with physical_batches"
             )
         keys = (
             KeySchedule.shared(self.ranks)
