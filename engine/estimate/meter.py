@@ -37,7 +37,7 @@ class Counts:
     other_bytes: float = 0.0
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Active over what is to be metered. Works on tensors with and without numbers.
 
     Args:
@@ -51,7 +51,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, *, copies_convolutions: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._copies_convolutions = copies_convolutions
         self.live = self.peak = 0
         self.counts = Counts()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 from synthward.engine.estimate.cost import Estimate, memory_of, methods_of, step_of
-from synthward.engine.estimate.rehearsal import Shape, rehearse, shape_of
+from synthward.engine.estimate.rehearsal import Rehearsal, rehearse, shape_of
 from synthward.engine.estimate.setting import Device, Setting, Workload
 
 # Draws of the sampler that one pass over static batches is made for, in standard deviations over the mean.
@@ -23,9 +25,16 @@ def estimate(workload: Workload, setting: Setting, device: Device) -> Estimate:
     shape = shape_of(workload)
     # A rank has so many units in most steps.
     units = math.ceil((setting.batch + _REACH * math.sqrt(setting.batch) + 1.0) / setting.ranks)
-    most = _largest(workload, setting, device, shape, units)
-    size = static_size(units, setting.physical_batch_size or max(most, 1))
-    found = rehearse(workload, size, setting, device)
+
+    @cache
+    def rehearsed(size: int) -> Rehearsal:
+        return rehearse(workload, size, setting, device)
+
+    def total(size: int) -> int:
+        return memory_of(shape, setting, rehearsed(size)).total
+
+    most = _largest(total, device.memory, units)
+    found = rehearsed(static_size(units, setting.physical_batch_size or max(most, 1)))
     memory = memory_of(shape, setting, found)
     batches = math.ceil(units / found.units)
     step = step_of(shape, setting, device, found, batches)
@@ -48,21 +57,17 @@ def static_size(units: int, largest: int) -> int:
     return math.ceil(units / math.ceil(units / largest))
 
 
-def _largest(workload: Workload, setting: Setting, device: Device, shape: Shape, units: int) -> int:
-    """The largest physical batch of at most `units` that fits, 0 if none does."""
-
-    def total(size: int) -> int:
-        return memory_of(shape, setting, rehearse(workload, size, setting, device)).total
-
+def _largest(total: Callable[[int], int], memory: float, units: int) -> int:
+    """The largest physical batch of at most `units` whose `total` is within `memory`, 0 if there is none."""
     few, more = total(_FEW), total(_MORE)
     each = max((more - few) / (_MORE - _FEW), 1.0)
-    size = max(0, min(units, math.floor((device.memory - few) / each) + _FEW))
+    size = max(0, min(units, math.floor((memory - few) / each) + _FEW))
     while size > 0:
         needed = total(size)
-        if needed <= device.memory:
+        if needed <= memory:
             break
         # Memory grows with the size, and not much more slowly than it does.
-        size = min(size - 1, math.floor(size - (needed - device.memory) / each))
+        size = min(size - 1, math.floor(size - (needed - memory) / each))
     return max(size, 0)
 
 

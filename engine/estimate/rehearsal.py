@@ -133,7 +133,7 @@ class _Pass:
         names, parameters = [*named], [*named.values()]
         # Who multiplies makes no difference to memory.
         self.state = CaptureState(parameters, names, Products("library"))
-        self.planner = Planner(setting.perf, names, rates=device.norm_rates)
+        self.planner = _Telling(self, setting, names, device)
         self._groups = make_groups(setting.clip, names)
         self._sums = _sums_of(parameters)
         self.state.start_pass = self._start
@@ -204,6 +204,22 @@ def _look(kept: Kept) -> None:
         grads = use.evidence
         is_zero = (grads == 0).flatten(1)
         (is_zero | grads.isnan().flatten(1)).all(1)
+
+
+class _Telling(Planner):
+    """The engine's planner, which tells what forming gradients costs: it stands in place of their weighted sum."""
+
+    def __init__(self, told: _Pass, setting: Setting, names: list[str], device: Device) -> None:
+        super().__init__(setting.perf, names, rates=device.norm_rates)
+        self._told = told
+
+    def prepare(
+        self, use: Use, layout: Layout, position: int, *, may_keep: bool = True
+    ) -> tuple[Use, Layout]:
+        found, own = super().prepare(use, layout, position, may_keep=may_keep)
+        if type(found) is not type(use):
+            self._told.sum_flops += _sum_cost(use)[0]
+        return found, own
 
 
 class _Counted(Contributions):

@@ -1,0 +1,242 @@
+"""Plans: what is told before a step is what the step then uses, and how it then measures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from synthward.engine import ClipSpec, KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+from synthward.engine.errors import ConfigError, UnsupportedOperationError
+from synthward.engine.estimate import Built, Device, Setting, Workload, estimate, rehearse
+from synthward.engine.estimate.cost import memory_of
+from synthward.engine.estimate.rehearsal import shape_of
+from synthward.engine.rates import measured_rates
+from synthward.run.decoder import decoder_workload, parse_decoder
+from tests.commandline import environment
+from tests.engine.used_memory import KINDS, ROOT
+
+HERE = Device.here()
+TINY = "layers=2,width=64,heads=4,vocab=96,times=32"
+
+
+def told(name: str, units: int, clipping: str, keep: str) -> int:
+    """Bytes that the plan tells for one rank."""
+    work = KINDS[name]()
+    setting = Setting(batch=units, clip=ClipSpec(1.0, clipping), perf=PerfSpec(keep=keep))
+    return memory_of(shape_of(work), setting, rehearse(work, units, setting, HERE)).total
+
+
+def used(name: str, units: int, clipping: str, keep: str) -> int:
+    """Bytes that a process of its own uses for such steps."""
+    words = [sys.executable, "-m", "tests.engine.used_memory", name, str(units), clipping, keep]
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600, env=environment()
+    )
+    return int(done.stdout)
+
+
+SMALL_RUNS = [
+    ("mlp", 1024, "flat", "full"),
+    ("mlp", 1024, "per-layer", "full"),
+    ("gpt", 8, "flat", "full"),
+    ("unet", 32, "flat", "full"),
+    ("decoder, recomputed", 8, "per-layer", "full"),
+    ("diffusion", 2048, "flat", "full"),
+]
+MORE_RUNS = [
+    ("mlp", 1024, "flat", "recompute"),
+    ("gpt", 16, "per-layer", "full"),
+    ("unet", 64, "per-layer", "full"),
+    ("ehr", 16, "flat", "full"),
+    ("decoder", 16, "per-layer", "full"),
+    ("decoder", 16, "flat", "full"),
+    ("decoder, recomputed", 16, "flat", "full"),
+    ("decoder, recomputed", 16, "flat", "bf16"),
+    ("gan", 2048, "per-layer", "full"),
+    ("gan", 2048, "flat", "full"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "clipping", "keep"),
+    [*SMALL_RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE_RUNS)],
+)
+def test_a_small_run_uses_what_was_told(name, units, clipping, keep):
+    expected, found = told(name, units, clipping, keep), used(name, units, clipping, keep)
+    assert abs(expected - found) <= 0.15 * found, f"told {expected / 1e6:.1f} MB, used {found / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per-layer"])
+@pytest.mark.parametrize(
+    ("name", "units"), [("mlp", 4), ("tiny", 4), ("unet", 4), ("diffusion", 8), ("gan", 8)]
+)
+def test_norms_are_taken_as_was_told(name, units, clipping):
+    """The same planner on the same shapes: methods, operations and bytes, parameter by parameter."""
+    work = decoder_workload(parse_decoder(TINY)) if name == "tiny" else KINDS[name]()
+    setting = Setting(batch=units, clip=ClipSpec(1.0, clipping))
+    planned = rehearse(work, units, setting, HERE).choices
+    built = work.build()
+    plan = PrivacyPlan(0.1, 1.0, 1.0, 10, float(units), clipping)
+    trainer = PrivateTrainer(
+        built.module, torch.optim.Adam(built.module.parameters()), plan, keys=KeySchedule.from_os()
+    )
+    data = work.data(units)
+    with trainer.capture():
+        losses = built.losses(*data)
+    trainer.backward(losses, rows_per_unit=work.rows_per_unit)
+    assert list(planned) == list(trainer.explain())
+
+
+def test_a_gpu_s_norms_are_not_those_of_the_compiled_kernels():
+    """Its kernels take the bias by itself, and its rates are others."""
+    work = decoder_workload(parse_decoder(TINY))
+    setting = Setting(batch=2)
+    here, there = (rehearse(work, 2, setting, d).choices for d in (HERE, Device.gpu("fp32")))
+    assert "with its weight" in {c.method for c in here}
+    assert "with its weight" not in {c.method for c in there}
+
+
+def test_operations_of_a_decoder_are_those_of_the_formula():
+    shape = parse_decoder(TINY)
+    found = rehearse(decoder_workload(shape), 3, Setting(batch=3), HERE)
+    tokens, width = 3 * shape.times, shape.width
+    weights = shape.layers * 12 * width**2 + shape.vocab * width
+    pairs = 3 * shape.layers * shape.times**2 * width
+    # Forward and input gradient; the weights' gradients are the sums. Attention: 2 products forward, 5 backward.
+    # (A few of its biases are added up by small products.)
+    assert found.counts.flops == pytest.approx(2 * 2 * tokens * weights + 7 * 2 * pairs, rel=1e-3)
+    assert found.sum_flops == pytest.approx(2 * tokens * weights, rel=0.02)
+
+
+def test_running_blocks_again_costs_their_forward_pass_and_saves_memory():
+    shape = parse_decoder(TINY)
+    # Per layer, since what flat clipping keeps is not what is recomputed.
+    setting = Setting(batch=8, clip=ClipSpec(1.0, "per-layer"))
+    plain, again = (
+        rehearse(decoder_workload(shape, recomputes=recomputes), 8, setting, HERE)
+        for recomputes in (False, True)
+    )
+    block = 2 * 8 * shape.times * shape.layers * (12 * shape.width**2 + 2 * shape.times * shape.width)
+    # A block's last product is not run again: nothing needs its output.
+    last = 2 * 8 * shape.times * shape.layers * 4 * shape.width**2
+    assert block - last <= again.counts.flops - plain.counts.flops <= block
+    assert again.memory["activations"] < plain.memory["activations"]
+
+
+def test_ranks_divide_what_they_own():
+    shape = shape_of(decoder_workload(parse_decoder(TINY)))
+    work = decoder_workload(parse_decoder(TINY))
+    one = Setting(batch=64)
+    found = rehearse(work, 4, one, HERE)
+
+    def parts(**changes):
+        return memory_of(shape, replace(one, **changes), found)
+
+    alone, copies, shards = parts(), parts(ranks=4), parts(ranks=4, parallel="shard")
+    assert alone.parameters == alone.sums == 4 * shape.total and alone.moments == 8 * shape.total
+    assert (alone.exchange, alone.host) == (0, 0)
+    assert copies.parameters == copies.sums == alone.sums
+    assert copies.moments == shards.moments == 2 * 4 * -(-shape.total // 4)
+    assert shards.parameters == shards.sums == 4 * -(-shape.total // 4)
+    assert copies.exchange > 0 and shards.exchange > 0
+    offloaded = parts(ranks=4, offload=True)
+    assert (offloaded.moments, offloaded.host) == (0, copies.moments)
+    assert offloaded.total < copies.total
+
+
+def test_the_batch_that_fits_is_the_largest():
+    work = decoder_workload(parse_decoder(TINY))
+    setting = Setting(batch=200, clip=ClipSpec(1.0, "flat"))
+    shape = shape_of(work)
+
+    def total(size: int) -> int:
+        return memory_of(shape, setting, rehearse(work, size, setting, HERE)).total
+
+    device = replace(HERE, memory=float(total(37) + 1000))
+    found = estimate(work, setting, device)
+    most = found.largest_physical_batch_size
+    assert total(most) <= device.memory < total(most + 1)
+    assert found.fits and found.physical_batch_size <= most
+    assert found.physical_batches * found.physical_batch_size >= 200
+
+
+def test_what_does_not_fit_is_told_and_not_refused():
+    found = estimate(
+        decoder_workload(parse_decoder(TINY)), Setting(batch=8), replace(HERE, memory=float(1 << 20))
+    )
+    assert (found.fits, found.largest_physical_batch_size, found.physical_batch_size) == (False, 0, 1)
+
+
+def test_days_are_of_all_steps_and_fall_with_ranks():
+    work, setting = decoder_workload(parse_decoder(TINY)), Setting(batch=256, steps=500)
+    device = Device.gpu("fp32")
+    one, four = estimate(work, setting, device), estimate(work, replace(setting, ranks=4), device)
+    assert one.days == pytest.approx(500 * one.step.seconds / 86400)
+    assert one.step.exchange_seconds == 0.0 < four.step.exchange_seconds
+    assert four.step.compute_seconds < 0.5 * one.step.compute_seconds
+    # Each rank sends all but its own part of the sums, and as much of the parameters.
+    assert four.step.exchanged_bytes == pytest.approx(2 * 4 * one.parameters * 3 / 4)
+
+
+def test_half_precision_halves_what_the_network_keeps():
+    work = decoder_workload(parse_decoder("layers=4,width=64,heads=4,vocab=96,times=64"))
+    whole, half = (
+        rehearse(work, 8, Setting(batch=8, precision=p, clip=ClipSpec(1.0, "per-layer")), Device.gpu(p))
+        for p in ("fp32", "bf16")
+    )
+    assert 0.4 < half.memory["activations"] / whole.memory["activations"] < 0.85
+
+
+def test_a_layer_without_a_rule_is_refused_by_name():
+    def build() -> Built:
+        network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        return Built(network, lambda x: network(x).sum(1))
+
+    work = Workload("normalised", build, lambda units: (torch.zeros(units, 4),))
+    with pytest.raises(UnsupportedOperationError, match="BatchNorm1d"):
+        estimate(work, Setting(batch=4), HERE)
+
+
+def test_a_plan_needs_no_rates_of_another_machine(monkeypatch):
+    """Those of the device that is planned for are given, not measured here."""
+
+    def fail(device):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("synthward.engine.planner.measured_rates", fail)
+    estimate(decoder_workload(parse_decoder(TINY)), Setting(batch=4), Device.gpu("bf16"))
+
+
+def test_this_machine_s_rates_are_the_measured_ones():
+    rates = measured_rates(torch.device("cpu"))
+    assert HERE.norm_rates == rates and HERE.bandwidth == rates.bytes
+    assert Device.here(2).memory == HERE.memory / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"batch": 0.0}, "batch"),
+        ({"ranks": 0}, "ranks"),
+        ({"steps": True}, "steps"),
+        ({"parallel": "tensor"}, "parallel"),
+        ({"precision": "fp8"}, "precision"),
+        ({"physical_batch_size": 0}, "physical batch size"),
+    ],
+)
+def test_what_is_no_training_is_refused(changes, mention):
+    with pytest.raises(ConfigError, match=mention):
+        replace(Setting(batch=8.0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"), [({"kind": "tpu"}, "device"), ({"link": 0.0}, "device link")]
+)
+def test_what_is_no_device_is_refused(changes, mention):
+    with pytest.raises(ConfigError, match=mention):
+        replace(HERE, **changes)

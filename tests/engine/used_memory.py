@@ -1,0 +1,96 @@
+"""What a training step really uses, in a process of its own, by the meter of benchmarks/worker.py.
+
+    python -m tests.engine.used_memory WORKLOAD UNITS CLIPPING KEEP
+
+Prints the peak of its memory over what it held before the network was built, in bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from synthward.engine.estimate import Built, Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSPITAL = ROOT / "python/synthward/simulate/hospital.toml"
+DECODER = "layers=6,width=384,heads=6,vocab=512,times=128"
+
+
+def of_benchmark(name: str) -> Workload:
+    """A model of benchmarks/models.py."""
+    work = _models().WORKLOADS[name]
+
+    def build() -> Built:
+        network = work.build()
+        return Built(network, lambda x, y: work.row_losses(network(x), y))
+
+    return Workload(name, build, work.data)
+
+
+@functools.cache
+def _models() -> Any:
+    """benchmarks/models.py, which is no package where pytest runs."""
+    spec = importlib.util.spec_from_file_location("models_to_plan", ROOT / "benchmarks/models.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["models_to_plan"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_decoder(*, recomputes: bool) -> Workload:
+    from synthward.run.decoder import decoder_workload, parse_decoder
+
+    return decoder_workload(parse_decoder(DECODER), recomputes=recomputes)
+
+
+def of_generator(name: str) -> Workload:
+    from synthward.generators.registry import make_settings
+    from synthward.run.estimate import generator_workload
+    from synthward.schema import load_schema
+
+    return generator_workload(load_schema(HOSPITAL), name, make_settings(name, {"hidden": 512}))
+
+
+KINDS: dict[str, Callable[[], Workload]] = {
+    **{name: (lambda name=name: of_benchmark(name)) for name in ("mlp", "gpt", "unet", "ehr")},
+    "decoder": lambda: of_decoder(recomputes=False),
+    "decoder, recomputed": lambda: of_decoder(recomputes=True),
+    "diffusion": lambda: of_generator("diffusion"),
+    "gan": lambda: of_generator("gan"),
+}
+
+
+def main(name: str, units: int, clipping: str, keep: str) -> int:
+    """Two steps; returns the peak of memory."""
+    import torch
+
+    from benchmarks.worker import _status, warm_up
+    from synthward.engine import KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+
+    work = KINDS[name]()
+    warm_up()
+    before = _status("VmRSS")
+    # Starts the peak anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    built, data = work.build(), work.data(units)
+    plan = PrivacyPlan(0.1, 1.0, 1.0, 10, float(units), clipping)
+    optimizer = torch.optim.Adam(built.module.parameters())
+    trainer = PrivateTrainer(
+        built.module, optimizer, plan, keys=KeySchedule.from_os(), perf=PerfSpec(keep=keep)
+    )
+    mask = torch.ones(units, dtype=torch.bool)
+    for _ in range(2):
+        with trainer.capture():
+            losses = built.losses(*data)
+        trainer.backward(losses, rows_per_unit=work.rows_per_unit, unit_mask=mask)
+        trainer.apply()
+    return _status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))
