@@ -96,7 +96,7 @@ def test_what_nobody_vouches_for_is_named(call, place):
     (place / "run" / "more.csv").write_text("a\n1\n")
     outcome = verify(call, place)
     assert outcome.code == 0 and "not signed: more.csv" in outcome.stdout
-    assert json.loads(verify(call, place, "--json").stdout)["not_signed"] == ["more.csv"]
+    assert json.loads(verify(call, place, "--json").stdout)["not_signed"] == ["log.jsonl", "more.csv"]
 
 
 def test_a_false_copy_of_a_cohort_beside_the_good_one_is_found(call, place):

@@ -103,7 +103,10 @@ def neighbours(extra: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return others + more, others
 
 
-UNLIKE = re.compile(rb'"(created|time|t_utc|run_id|hash|prev|ledger_head)": ?"[^"]*"')
+UNLIKE = re.compile(
+    rb'"(created|time|t_utc|run_id|hash|prev|ledger_head)": ?"[^"]*"'
+    rb'|"(steps_per_second|seconds_left|seconds)": ?[^,}]*'
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -163,8 +166,8 @@ def leak(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     if what == "denominator":
         real = training.Training.__init__
 
-        def init(self, folder, encoder, records, plan, *rest):
-            real(self, folder, encoder, records, plan, *rest)
+        def init(self, folder, encoder, records, plan, *rest, **more):
+            real(self, folder, encoder, records, plan, *rest, **more)
             self.trainer._step._grad_scale = 1.0 / (plan.sample_rate * records.num_units)
 
         monkeypatch.setattr(training.Training, "__init__", init)

@@ -70,6 +70,9 @@ def fit(
         Path | None,
         typer.Option("--budget", help="Budget file of the records: the run's cost is reserved there first."),
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard's event files.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the generator.")
     ] = None,
@@ -99,6 +102,7 @@ def fit(
         "bands": bands,
         "arithmetic": arithmetic,
         "max_units": max_units,
+        "tensorboard": tensorboard,
     }
     options = FitOptions(
         generator=generator,

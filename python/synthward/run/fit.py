@@ -19,6 +19,7 @@ from synthward.engine.accounting import Event, GaussianEvent, StepsEvent
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import CheckpointError, ConfigError, OutputError
 from synthward.generators.registry import make_settings
+from synthward.observe import Observer, TrainingObserver, check_tensorboard
 from synthward.progress import NullProgress, Progress
 from synthward.run.budget import plan_budget
 from synthward.run.claim import Claim
@@ -38,6 +39,7 @@ class FitOptions:
 
     ``sample_rate`` is the Poisson probability per unit and step, public and never derived from the data.
     ``noise``, ``bands``, ``max_units`` and ``arithmetic`` choose the mechanism (`Mechanism.choose`).
+    ``tensorboard`` is a folder for event files, which hold no more than the run's log (`synthward.observe`).
     ``seed`` makes the run reproducible and NOT private: the noise could be recomputed from it.
     """
 
@@ -53,6 +55,7 @@ class FitOptions:
     max_units: int | None = None
     arithmetic: str = "float"
     seed: int | None = None
+    tensorboard: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def mechanism(self, epsilon: float, delta: float) -> Mechanism:
@@ -97,6 +100,8 @@ def fit_run(
     options, progress, out = options or FitOptions(), progress or NullProgress(), Path(out)
     ranks = ranks or Ranks.alone()
     with leading(ranks):
+        if options.tensorboard is not None:
+            check_tensorboard()
         if resume and (out / RUN_FILE).is_file():
             folder = RunFolder(out)
             claim = Claim.of_run(budget_file, folder.info)
@@ -166,7 +171,25 @@ def _fit_anew(
         }
         folder = RunFolder.create(out, info, schema)
     return train_run(
-        folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim, ranks=ranks
+        folder,
+        train,
+        keys,
+        _new_ledger(folder, keys, claim),
+        progress,
+        claim=claim,
+        ranks=ranks,
+        observer=_observer(folder, options, progress),
+    )
+
+
+def _observer(
+    folder: RunFolder, options: FitOptions, progress: Progress, *, resumed: bool = False
+) -> Observer:
+    return TrainingObserver(
+        folder.path,
+        resumed=resumed,
+        tensorboard=options.tensorboard,
+        remark=lambda text: progress.note(f"note: {text}"),
     )
 
 
@@ -226,13 +249,19 @@ def _resume(
     train = read_training_records(data, schema, holdout["fraction"], holdout["salt"], progress)
     folder.save_schema(schema)
     keys = _new_keys(info["seed"])
-    if _has_spent(folder):
-        return train_run(
-            folder, train, keys, folder.open_ledger(), progress, resumed=True, claim=claim, ranks=ranks
-        )
-    claim.reserve(_planned(info))
+    spent = _has_spent(folder)
+    if not spent:
+        claim.reserve(_planned(info))
     return train_run(
-        folder, train, keys, _new_ledger(folder, keys, claim), progress, claim=claim, ranks=ranks
+        folder,
+        train,
+        keys,
+        folder.open_ledger() if spent else _new_ledger(folder, keys, claim),
+        progress,
+        resumed=spent,
+        claim=claim,
+        ranks=ranks,
+        observer=_observer(folder, options, progress, resumed=True),
     )
 
 
@@ -266,14 +295,15 @@ def train_run(
     resumed: bool = False,
     claim: Claim | None = None,
     ranks: Ranks | None = None,
+    observer: Observer | None = None,
 ) -> RunFolder:
     """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed.
 
     With several `ranks` rank 0 calls this; the others take part by `follow_run`.
     """
-    ranks = ranks or Ranks.alone()
+    ranks, observer = ranks or Ranks.alone(), observer or Observer()
     claim = claim or Claim(None, folder.info["run_id"], folder.info["unit"], folder.info["relation"])
-    with ledger:
+    with ledger, observer:
         if resumed:
             ledger.add_key(keys.key_id, private=keys.is_private)
         encoder = _fit_encoder(folder, train, keys, ledger, claim)
@@ -284,7 +314,7 @@ def train_run(
             charged = ledger.events()
             taken = sum(event.steps for event in charged if isinstance(event, StepsEvent))
             claim.reserve([*charged, plan.event(max(plan.steps - taken, 0))])
-        training = Training(folder, encoder, train, plan, keys, ledger, progress, ranks)
+        training = Training(folder, encoder, train, plan, keys, ledger, progress, ranks, observer=observer)
         training.run()
         folder.update(
             status="complete",
@@ -293,6 +323,7 @@ def train_run(
             ledger_head=ledger.head,
         )
         claim.settle(ledger)
+        observer.finished(training.steps_done, float(ledger.epsilon(info["delta"], info["accountant"])))
     return folder
 
 

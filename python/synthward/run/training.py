@@ -18,7 +18,6 @@ from synthward.engine import (
     PrivateTrainer,
     physical_batches,
 )
-from synthward.engine.accounting import epsilon_curve
 from synthward.engine.distributed.checkpoint import (
     is_saved,
     load_sharded,
@@ -31,6 +30,7 @@ from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.draws import Draws
 from synthward.engine.errors import BudgetExceededError, LedgerError
 from synthward.engine.sampling import rank_part
+from synthward.observe import EpsilonSoFar, Observer
 from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FOLDER, MODEL_FILE, RunFolder, draw_context
 from synthward.run.shared import Start, Units, begin
@@ -57,9 +57,11 @@ class Training:
         progress: Progress,
         ranks: Ranks | None = None,
         start: Start | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.ranks = ranks or Ranks.alone()
         self.folder, self.encoder, self.plan, self.progress = folder, encoder, plan, progress
+        self.observer = observer or Observer()
         num_units = records.num_units if records is not None else start.num_units  # type: ignore[union-attr]
         seed = begin(self.ranks, folder, encoder, plan, num_units, keys) if start is None else start.seed
         self.ledger = _ledger_of(self.ranks, ledger)
@@ -95,7 +97,15 @@ class Training:
         # Steps that were charged but died with their process are not taken again: the budget is spent.
         step = max(step, spent)
         self.trainer.advance_to(step)
-        epsilons = self._epsilons()
+        epsilons = self._epsilons(step)
+        self.observer.started(
+            self.folder.info,
+            self.plan,
+            self.generator.private_module.parameters(),
+            step=step,
+            world_size=self.ranks.world_size,
+            backend=self.ranks.backend,
+        )
         task = self.progress.task("fit", self.plan.steps)
         try:
             task.advance(step, epsilon=epsilons(step))
@@ -115,11 +125,16 @@ class Training:
     def _lease(self, first: int, task: Task, epsilons: Callable[[int], float]) -> int:
         """Pay for a run of steps, take them, keep a checkpoint; returns the step after them."""
         count = self._pay(first)
+        if count:
+            self.observer.leased(first, count)
         for step in range(first, first + count):
             self._step(step)
-            task.advance(1, epsilon=epsilons(step + 1))
+            epsilon = epsilons(step + 1)
+            task.advance(1, epsilon=epsilon)
+            self.observer.stepped(step + 1, epsilon, self.optimizer.param_groups[0]["lr"])
         if count:
             self._checkpoint(first + count)
+            self.observer.checkpointed(first + count)
             self.ledger.close_lease(count)
             head = self.ledger.head
             self.ranks.lead(lambda: self.folder.update(ledger_head=head))
@@ -199,15 +214,22 @@ class Training:
     def _charged_steps(self) -> int:
         return sum(getattr(event, "steps", 0) for event in self.ledger.events())
 
-    def _epsilons(self) -> Callable[[int], float]:
-        """Epsilon after a number of steps, for display: interpolated between a few accounted points."""
-        info = self.folder.info
-        others = [e for e in self.ledger.events() if not hasattr(e, "steps")]
+    def _epsilons(self, first: int) -> Callable[[int], float]:
+        """At least what a number of steps cost, with all before them; of use to rank 0."""
+        info, charged = self.folder.info, self.ledger.events()
         if not self.ranks.is_main:
             return lambda step: 0.0
-        curve = epsilon_curve([*others, self.plan.event()], info["delta"], 12, info["accountant"])
-        steps, values = zip(*curve, strict=True)
-        return lambda step: float(np.interp(step, steps, values))
+        return EpsilonSoFar(
+            charged,
+            self.plan.event,
+            first=first,
+            steps=self.plan.steps,
+            stretch=LEASE_STEPS,
+            target=info["epsilon"],
+            delta=info["delta"],
+            accountant=info["accountant"],
+            relation=info["relation"],
+        )
 
 
 def _ledger_of(ranks: Ranks, ledger: Ledger | None) -> Ledger | SharedLedger:
