@@ -170,7 +170,7 @@ def start(attempt: Attempt, victim: int, at: int, after: float | None) -> None:
     ]
     began, found = time.monotonic(), dict.fromkeys(pids, -1)
     while -1 in found.values():
-        if after is not None and time.monotonic() - began > after:
+        if after is not None and time.monotonic() - began > after and found[pids[victim]] == -1:
             os.kill(pids[victim], signal.SIGKILL)
             after = None
         for pid in [pid for pid, status in found.items() if status == -1]:
