@@ -19,7 +19,14 @@ def residual_features(
 ) -> Tensor:
     out = torch.empty_like(sums)
     _C.residual_features(
-        *map(view, (sums, common, values, value_weights, *network.tensors())),
+        view(sums),
+        view(common),
+        view(values),
+        view(value_weights),
+        view(network.weights),
+        view(network.biases),
+        view(network.scales),
+        view(network.shifts),
         network.eps,
         view(out),
         threads(),
@@ -39,7 +46,13 @@ def draw_tokens(
 ) -> Tensor:
     tokens = torch.empty_like(columns)
     _C.draw_tokens(
-        *map(view, (features, weight, bias, offsets, columns, uniforms, tokens)),
+        view(features),
+        view(weight),
+        view(bias),
+        view(offsets),
+        view(columns),
+        view(uniforms),
+        view(tokens),
         maybe_view(added),
         maybe_view(sums),
         threads(),

@@ -98,15 +98,15 @@ def test_samples_follow_the_plain_algorithm(allowed):
             *plain_sample(generator, context, torch.Generator().manual_seed(2), allowed), LAYOUT
         )
     found = shares(*generator.sample(context, Draws(KEY), allowed), LAYOUT)
-    # Some 600 cells: a false alarm in less than 1e7 runs.
-    assert farthest(found, expected, rows) < 6.5
+    # Some 500 cells: a false alarm in 1e9 runs.
+    assert farthest(found, expected, rows) < 7
     # Columns are not independent, and the samples of a slightly different network are told apart.
     pair = (expected[:3, None] * expected[3:7]).flatten()
     first_pair = sum(LAYOUT.token_sizes) + 5 * LAYOUT.continuous
     assert float((expected[first_pair : first_pair + 12] - pair).abs().max()) > 0.01
     generator.logit_shift[0] += 0.7
     other = shares(*generator.sample(context, Draws(KEY), allowed), LAYOUT)
-    assert farthest(other, expected, rows) > 6.5
+    assert farthest(other, expected, rows) > 7
 
 
 def farthest(found: torch.Tensor, expected: torch.Tensor, rows: int) -> float:

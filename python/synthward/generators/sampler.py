@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from synthward.encoding.layout import Layout
 from synthward.generators.networks import ResidualMLP
@@ -27,12 +29,12 @@ class Sampler:
     ) -> None:
         vocabulary = layout.vocabulary
         self.offsets = torch.from_numpy(layout.offsets)
-        norms = [*network.norms, network.norm]
+        norms, hidden = [*network.norms, network.norm], network.stem.out_features
         self._network = ResidualWeights(
-            _stack([block.weight for block in network.blocks], network.stem.out_features),
-            _stack([block.bias for block in network.blocks]).view(-1, network.stem.out_features),
-            torch.stack([norm.weight.detach() for norm in norms]),
-            torch.stack([norm.bias.detach() for norm in norms]),
+            _stacked(network.blocks, "weight", hidden, hidden),
+            _stacked(network.blocks, "bias", hidden),
+            _stacked(norms, "weight", hidden),
+            _stacked(norms, "bias", hidden),
             network.norm.eps,
         )
         weight, bias = network.head.weight.detach(), network.head.bias.detach()
@@ -71,7 +73,7 @@ class Sampler:
         return product(features, self._further, self._further_bias, is_transposed=True)
 
 
-def _stack(tensors: list[Tensor], width: int | None = None) -> Tensor:
-    if tensors:
-        return torch.stack([t.detach() for t in tensors])
-    return torch.zeros(0) if width is None else torch.zeros(0, width, width)
+def _stacked(modules: Iterable[nn.Module], name: str, *shape: int) -> Tensor:
+    """A parameter of every module, [modules, *shape]."""
+    found = [module.get_parameter(name).detach() for module in modules]
+    return torch.stack(found) if found else torch.zeros(0, *shape)
