@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,14 +95,6 @@ def test_a_full_disk_is_told_once(tmp_path, monkeypatch):
         scalars.write(line)
     scalars.close()
     assert len(said) == 1 and "No space left" in said[0]
-
-
-@pytest.fixture
-def no_tensorboard(monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == "tensorboard" else real(name, *rest)
-    )
 
 
 def test_a_missing_package_is_one_line(no_tensorboard):

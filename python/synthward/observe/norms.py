@@ -28,7 +28,8 @@ class ParameterNorms:
 
     def remember(self) -> None:
         """The next step is the one whose update is asked for."""
-        if sum(_local_size(p) for p in self._parameters) <= MOST_COPIED:
+        # Equal on all ranks, whatever part each has.
+        if sum(p.numel() / _parts(p) for p in self._parameters) <= MOST_COPIED:
             self._before = [p.detach().clone() for p in self._parameters]
 
     def parameters(self) -> float:
@@ -42,8 +43,8 @@ class ParameterNorms:
         return _norm([p.detach() - old for p, old in zip(self._parameters, before, strict=True)])
 
 
-def _local_size(parameter: Tensor) -> int:
-    return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
+def _parts(parameter: Tensor) -> int:
+    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
 
 
 def _norm(tensors: list[Tensor]) -> float:
