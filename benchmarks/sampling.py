@@ -4,9 +4,9 @@
 
 Without a run, one of 60 steps is trained first: rows cost the same however good they are. Each measurement is the
 command in a process of its own, its start included; `start_seconds` is what it takes for a hundred rows. `--long`
-makes 10,000,000 rows instead, once. `--peer` is the interpreter of an environment that has the package ctgan (not free
-software, hence in no environment of ours): its sampler is measured on the same columns after one epoch on 20,000
-records, in its own process, without its start.
+makes 10,000,000 rows instead, or as many as it is given, once. `--peer` is the interpreter of an environment that has
+the package ctgan (not free software, hence in no environment of ours): its sampler is measured on the same columns
+after one epoch on 20,000 records, in its own process, without its start.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ GOAL = 1_000_000 / 60
 PEER_RECORDS, PEER_ROWS = 20_000, 50_000
 
 PEER = """
-import json, sys, time
+import json, os, sys, time
 import pandas, torch
 from ctgan import CTGAN
 from importlib.metadata import version
 table = pandas.read_csv(sys.argv[1], nrows=int(sys.argv[2]), usecols=json.loads(sys.argv[4]), dtype=str)
 discrete = [name for name in table if name not in json.loads(sys.argv[5])]
 table = table.fillna("?").astype({name: float for name in table if name not in discrete})
-model = CTGAN(epochs=1, enable_gpu=False)
-model.fit(table, discrete)
+if os.path.exists(sys.argv[6]):
+    model = CTGAN.load(sys.argv[6])
+else:
+    model = CTGAN(epochs=1, enable_gpu=False)
+    model.fit(table, discrete)
+    model.save(sys.argv[6])
 model.sample(1000)
 begin = time.perf_counter()
 rows = len(model.sample(int(sys.argv[3])))
@@ -96,14 +100,14 @@ def measure(run: Path, rows: int) -> dict[str, Any]:
         }
 
 
-def measure_peer(interpreter: Path) -> dict[str, Any]:
-    """The sampler of CTGAN (Xu et al. 2019) after a fit without privacy."""
+def measure_peer(interpreter: Path, model: Path) -> dict[str, Any]:
+    """The sampler of CTGAN (Xu et al. 2019) after a fit without privacy, whose model is kept in a file."""
     from synthward.schema import load_schema
 
     columns = load_schema(SCHEMA).modelled
     numeric = [column.name for column in columns if column.kind in ("integer", "continuous")]
     arguments = [str(records_path()), str(PEER_RECORDS), str(PEER_ROWS)]
-    arguments += [json.dumps([column.name for column in columns]), json.dumps(numeric)]
+    arguments += [json.dumps([column.name for column in columns]), json.dumps(numeric), str(model)]
     done = subprocess.run(
         [interpreter, "-c", PEER, *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -130,19 +134,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="a folder of `synthward fit`; else one is trained")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--long", action="store_true", help=f"measure {LONG_ROWS:,} rows instead")
+    parser.add_argument(
+        "--long", type=int, nargs="?", const=LONG_ROWS, help="measure so many rows instead, once"
+    )
     parser.add_argument(
         "--peer", type=Path, metavar="PYTHON", help="measure ctgan in this environment instead"
     )
+    parser.add_argument(
+        "--peer-model", type=Path, help="keep the peer's model here, or take it if it is there"
+    )
     parser.add_argument("--dry", action="store_true", help="print only; write no result")
     options = parser.parse_args()
-    if options.peer:
-        name, result = "sampling_ctgan", measure_peer(options.peer)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peer:
+            model = options.peer_model or Path(folder) / "model.pkl"
+            name, result = "sampling_ctgan", measure_peer(options.peer, model)
+        else:
             run = options.run or train(Path(folder) / "run")
             name = "sampling_long" if options.long else "sampling"
-            result = measure(run, LONG_ROWS) if options.long else measure_rates(run, options.repeats)
+            result = measure(run, options.long) if options.long else measure_rates(run, options.repeats)
     print(json.dumps(result, indent=1))
     if not options.dry:
         print(write_result(name, result))
