@@ -12,6 +12,7 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,8 @@ def _make(size: int) -> tuple[str, bytes] | None:
 def _open(path: Path, token: bytes, size: int) -> Tensor | None:
     """The file's bytes; None where it is not there, or is that of another machine."""
     try:
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+        storage: Any = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
     except (OSError, RuntimeError):
         return None
-    block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))
+    block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
     return block if bytes(block[: len(token)].tolist()) == token else None

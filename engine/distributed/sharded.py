@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from synthward.engine.capture import CaptureState
 from synthward.engine.distributed.exchange import Pending, start_reduce_scatter, sum_over
@@ -30,6 +31,31 @@ _IN_FLIGHT = 2
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether it is a tensor that is spread over ranks."""
     return isinstance(parameter, DTensor)
+
+
+def shard(module: nn.Module, ranks: Ranks) -> None:
+    """Spread a module's parameters over all ranks: `fully_shard` on each layer that has some, then on the module."""
+    mesh = init_device_mesh(next(module.parameters()).device.type, (ranks.world_size,))
+    layers = [layer for layer in module.modules() if layer is not module]
+    for layer in layers:
+        if isinstance(layer, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def shard_like(value: Tensor, other: Tensor) -> Tensor:
+    """`value`, whole, spread as `other` is; as it is where that is whole, too. All ranks take part."""
+    if not isinstance(other, DTensor):
+        return value
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor, spread over ranks or not. All ranks take part."""
+    if not isinstance(value, DTensor):
+        return value
+    full: Tensor = value.full_tensor()
+    return full
 
 
 class ShardedParameters(Spans):

@@ -73,6 +73,10 @@ def fit(
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard's event files.")
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option("--parallel", help="Of several processes: replicate, or shard (FSDP2) [replicate]."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the generator.")
     ] = None,
@@ -103,6 +107,7 @@ def fit(
         "arithmetic": arithmetic,
         "max_units": max_units,
         "tensorboard": tensorboard,
+        "parallel": parallel,
     }
     options = FitOptions(
         generator=generator,

@@ -53,6 +53,11 @@ class Generator(ABC):
         """The only network that ever sees records; all its gradients pass through the private engine."""
 
     @property
+    def sharded_modules(self) -> list[nn.Module]:
+        """What may be spread over ranks: the private network, and what is added to or averaged with it in place."""
+        return [self.private_module]
+
+    @property
     @abstractmethod
     def rows_per_unit(self) -> int:
         """Rows that the private network sees per privacy unit and step."""
@@ -137,4 +142,11 @@ def average_into(averages: Iterable[Tensor], current: Iterable[Tensor], decay: f
     """Exponential moving average with a warm-up: the first steps weigh more."""
     weight = 1.0 - min(decay, (step + 1.0) / (step + 10.0))
     with torch.no_grad():
-        torch._foreach_lerp_(list(averages), [c.detach() for c in current], weight)
+        # Of what is spread over ranks each has the same rows of both.
+        torch._foreach_lerp_([_local(a) for a in averages], [_local(c) for c in current], weight)
+
+
+def _local(value: Tensor) -> Tensor:
+    # By name: the module of DTensor takes long to import, and samplers need none.
+    to_local: Callable[[], Tensor] | None = getattr(value.detach(), "to_local", None)
+    return value.detach() if to_local is None else to_local()

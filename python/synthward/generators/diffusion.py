@@ -64,6 +64,10 @@ class DiffusionGenerator(Generator):
         return self.network
 
     @property
+    def sharded_modules(self) -> list[nn.Module]:
+        return [self.network, self.averaged]
+
+    @property
     def rows_per_unit(self) -> int:
         return self.settings.draws
 

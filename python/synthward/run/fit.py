@@ -29,6 +29,8 @@ from synthward.run.shared import await_start, leading
 from synthward.run.training import Training
 from synthward.schema import Schema
 
+# What several processes hold of the parameters.
+PARALLEL = ("replicate", "shard")
 # Which data sets are neighbours.
 RELATION = "add_or_remove_one"
 
@@ -39,6 +41,7 @@ class FitOptions:
 
     ``sample_rate`` is the Poisson probability per unit and step, public and never derived from the data.
     ``noise``, ``bands``, ``max_units`` and ``arithmetic`` choose the mechanism (`Mechanism.choose`).
+    ``parallel`` says what several processes hold: "replicate" (all parameters) or "shard" (a part, FSDP2).
     ``tensorboard`` is a folder for event files, which hold no more than the run's log (`synthward.observe`).
     ``seed`` makes the run reproducible and NOT private: the noise could be recomputed from it.
     """
@@ -56,6 +59,7 @@ class FitOptions:
     arithmetic: str = "float"
     seed: int | None = None
     tensorboard: Path | None = None
+    parallel: str = "replicate"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def mechanism(self, epsilon: float, delta: float) -> Mechanism:
@@ -100,6 +104,7 @@ def fit_run(
     options, progress, out = options or FitOptions(), progress or NullProgress(), Path(out)
     ranks = ranks or Ranks.alone()
     with leading(ranks):
+        check_parallel(options.parallel, ranks)
         if options.tensorboard is not None:
             check_tensorboard()
         if resume and (out / RUN_FILE).is_file():
@@ -120,7 +125,8 @@ def follow_run(ranks: Ranks) -> None:
         return
     start, keys = found
     folder, encoder = RunFolder(start.path), TableEncoder.from_dict(start.encoder)
-    Training(folder, encoder, None, start.plan, keys, None, NullProgress(), ranks, start).run()
+    with TrainingObserver(folder.path, is_main=False) as observer:
+        Training(folder, encoder, None, start.plan, keys, None, NullProgress(), ranks, start, observer).run()
 
 
 def _fit_anew(
@@ -179,6 +185,7 @@ def _fit_anew(
         claim=claim,
         ranks=ranks,
         observer=_observer(folder, options, progress),
+        parallel=options.parallel,
     )
 
 
@@ -262,6 +269,7 @@ def _resume(
         claim=claim,
         ranks=ranks,
         observer=_observer(folder, options, progress, resumed=True),
+        parallel=options.parallel,
     )
 
 
@@ -296,6 +304,7 @@ def train_run(
     claim: Claim | None = None,
     ranks: Ranks | None = None,
     observer: Observer | None = None,
+    parallel: str = "replicate",
 ) -> RunFolder:
     """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed.
 
@@ -314,7 +323,11 @@ def train_run(
             charged = ledger.events()
             taken = sum(event.steps for event in charged if isinstance(event, StepsEvent))
             claim.reserve([*charged, plan.event(max(plan.steps - taken, 0))])
-        training = Training(folder, encoder, train, plan, keys, ledger, progress, ranks, observer=observer)
+        training = Training(
+            *(folder, encoder, train, plan, keys, ledger, progress, ranks),
+            observer=observer,
+            parallel=parallel,
+        )
         training.run()
         folder.update(
             status="complete",
@@ -380,6 +393,13 @@ def read_training_records(
 
 def _new_keys(seed: int | None) -> KeySchedule:
     return KeySchedule.from_os() if seed is None else KeySchedule.reproducible(seed)
+
+
+def check_parallel(parallel: str, ranks: Ranks) -> None:
+    if parallel not in PARALLEL:
+        raise ConfigError(f"parallel: got {parallel!r}; choose one of {', '.join(PARALLEL)}")
+    if parallel == "shard" and ranks.world_size == 1:
+        raise ConfigError("parallel: 'shard' needs several processes; start them by torchrun")
 
 
 def check_options(options: FitOptions) -> None:

@@ -34,6 +34,7 @@ class Start:
     plan: PrivacyPlan
     num_units: int
     seed: int
+    parallel: str
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ def begin(
     plan: PrivacyPlan,
     num_units: int,
     keys: KeySchedule,
+    parallel: str,
 ) -> int:
     """On rank 0: call the others in; returns the seed of all that is random and neither noise nor sampling."""
     seed = folder.info["seed"]
     seed = secrets.randbits(62) if seed is None else int(seed)
     if ranks.world_size > 1:
-        _tell(ranks, Start(folder.path.absolute(), encoder.to_dict(), plan, num_units, seed))
+        _tell(ranks, Start(folder.path.absolute(), encoder.to_dict(), plan, num_units, seed, parallel))
         KeySchedule.shared(ranks, keys)
     return seed
 

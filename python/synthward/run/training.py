@@ -25,8 +25,10 @@ from synthward.engine.distributed.checkpoint import (
     remove_sharded,
     save_sharded,
 )
+from synthward.engine.distributed.exchange import copy_from_main
 from synthward.engine.distributed.ledger import SharedLedger
 from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.distributed.sharded import shard, shard_like, whole
 from synthward.engine.draws import Draws
 from synthward.engine.errors import BudgetExceededError, LedgerError
 from synthward.engine.sampling import rank_part
@@ -43,7 +45,7 @@ class Training:
     """One process's part of a run: from the last checkpoint to the last step that the plan allows.
 
     Args:
-        records, ledger: rank 0's; None on the others, who have `start` in their place.
+        records, ledger, parallel: rank 0's; None on the others, who have `start` in their place.
     """
 
     def __init__(
@@ -58,12 +60,16 @@ class Training:
         ranks: Ranks | None = None,
         start: Start | None = None,
         observer: Observer | None = None,
+        parallel: str = "replicate",
     ) -> None:
         self.ranks = ranks or Ranks.alone()
         self.folder, self.encoder, self.plan, self.progress = folder, encoder, plan, progress
         self.observer = observer or Observer()
         num_units = records.num_units if records is not None else start.num_units  # type: ignore[union-attr]
-        seed = begin(self.ranks, folder, encoder, plan, num_units, keys) if start is None else start.seed
+        if start is None:
+            seed = begin(self.ranks, folder, encoder, plan, num_units, keys, parallel)
+        else:
+            seed, parallel = start.seed, start.parallel
         self.ledger = _ledger_of(self.ranks, ledger)
         self.rng = np.random.default_rng(seed)
         self.torch_rng = torch.Generator()
@@ -72,6 +78,10 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.generator = folder.new_generator(encoder)
+        if parallel == "shard":
+            for module in self.generator.sharded_modules:
+                copy_from_main(self.ranks, [*module.parameters()])
+                shard(module, self.ranks)
         self.data = Units(None if records is None else encoder.encode(records, self.rng), self.ranks)
         settings = self.generator.settings
         optimizer = torch.optim.Adam(self.generator.private_module.parameters(), lr=settings.learning_rate)
@@ -117,9 +127,12 @@ class Training:
         finally:
             task.close()
         self.steps_done = step
+        trained = {name: whole(value) for name, value in self.generator.state(resume=False).items()}
         if self.ranks.is_main:
-            self.generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
-            self.folder.save_tensors(MODEL_FILE, self.generator.state(resume=False))
+            generator = self.folder.new_generator(self.encoder)
+            generator.load_state(trained)
+            generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
+            self.folder.save_tensors(MODEL_FILE, generator.state(resume=False))
             remove_sharded(self._checkpoint_path)
 
     def _lease(self, first: int, task: Task, epsilons: Callable[[int], float]) -> int:
@@ -203,7 +216,9 @@ class Training:
             if key != "step":
                 part, name = key.split(".", 1)
                 parts[part][name] = value
-        self.generator.load_state(parts["generator"])
+        begun = self.generator.state(resume=True)
+        kept = {k: shard_like(v, begun.get(k, v)) for k, v in parts["generator"].items()}
+        self.generator.load_state(kept)
         self.trainer.load_state_dict(parts["trainer"])
         return int(tensors["step"])
 
