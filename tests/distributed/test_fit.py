@@ -19,8 +19,8 @@ from tests.distributed.together import on_ranks
 from tests.tinydata import write_tiny
 
 TOLERANCE = 1e-5
-# More than one lease; of the other few, since it takes the largest of several numbers (hard tokens), where a last bit may
-# decide and then all that follows is another's.
+# More than one lease; of the other few, since it takes the largest of several numbers (hard tokens), where a last bit
+# may decide and then all that follows is another's.
 STEPS = {"diffusion": 60, "gan": 20}
 
 
