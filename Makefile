@@ -53,6 +53,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.kernel_table
 	$(BIN)/python -m benchmarks.noise
 	$(BIN)/python -m benchmarks.model_step
+	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.generator_step
 	$(BIN)/python -m benchmarks.diabetes130
 

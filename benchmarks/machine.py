@@ -52,7 +52,7 @@ def machine_name() -> str:
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write a result beside the command that made it."""
-    return _write(name, {"command": _command(), "machine": describe(), **result})
+    return _write(name, {"command": command(), "machine": describe(), **result})
 
 
 def write_part(part: str, result: dict[str, Any], machine: dict[str, Any] | None = None) -> Path:
@@ -61,15 +61,26 @@ def write_part(part: str, result: dict[str, Any], machine: dict[str, Any] | None
     `machine`: what `describe` gave where it was measured, if that was in another process.
     """
     name = machine_name()
-    file = RESULTS / f"{name}.json"
-    parts = json.loads(file.read_text()) if file.is_file() else {}
-    own = {"command": _command(), "machine": machine or describe(), **result}
+    parts = _read(name)
+    own = {"command": command(), "machine": machine or describe(), **result}
     return _write(name, {**parts, part: own})
 
 
-def _command() -> str:
+def read_part(part: str) -> dict[str, Any]:
+    """One part of this machine's file; empty where there is none."""
+    found: dict[str, Any] = _read(machine_name()).get(part, {})
+    return found
+
+
+def command() -> str:
+    """How this program was called."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name} {shlex.join(sys.argv[1:])}".strip() if spec else shlex.join(sys.argv)
+
+
+def _read(name: str) -> dict[str, Any]:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _write(name: str, content: dict[str, Any]) -> Path:

@@ -20,7 +20,7 @@ Step = Callable[[], None]
 
 def plain_step(work: Workload, *, fused: bool, seed: int = 0) -> Step:
     """Forward, backward of the mean loss, Adam."""
-    network, x, y = _setup(work, seed)
+    network, x, y = setup(work, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=fused)
 
     def step() -> None:
@@ -41,7 +41,7 @@ def private_step(
     work: Workload, *, clipping: str | ClipSpec = "flat", perf: PerfSpec | None = None, seed: int = 0
 ) -> Step:
     """Forward, one backward pass, clip, ChaCha20 noise and Adam."""
-    network, x, y = _setup(work, seed)
+    network, x, y = setup(work, seed)
     plan = PrivacyPlan(
         sample_rate=0.01,
         noise_multiplier=NOISE,
@@ -64,7 +64,7 @@ def private_step(
 
 def loop_step(work: Workload, seed: int = 0) -> Step:
     """The same by `PrivacyEngine`, in the loop that Opacus' users know."""
-    network, x, y = _setup(work, seed)
+    network, x, y = setup(work, seed)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=len(y))
     module, optimizer, _ = PrivacyEngine().make_private(
         module=network,
@@ -74,7 +74,7 @@ def loop_step(work: Workload, seed: int = 0) -> Step:
         max_grad_norm=CLIP,
         poisson_sampling=False,
     )
-    criterion = _Mean(work)
+    criterion = Mean(work)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -84,7 +84,7 @@ def loop_step(work: Workload, seed: int = 0) -> Step:
     return step
 
 
-class _Mean(nn.Module):
+class Mean(nn.Module):
     """A criterion that Opacus' ghost mode accepts: a loss per row, or their mean."""
 
     def __init__(self, work: Workload, reduction: str = "mean") -> None:
@@ -100,12 +100,12 @@ def opacus_step(work: Workload, mode: str, seed: int = 0) -> Step:
     """Opacus' hooks or ghost clipping with its default noise."""
     import opacus
 
-    network, x, y = _setup(work, seed)
+    network, x, y = setup(work, seed)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=len(y))
     made: Any = opacus.PrivacyEngine().make_private(
         module=network,
         optimizer=torch.optim.Adam(network.parameters(), lr=LEARNING_RATE),
-        criterion=_Mean(work),
+        criterion=Mean(work),
         data_loader=loader,
         noise_multiplier=NOISE,
         max_grad_norm=CLIP,
@@ -113,7 +113,7 @@ def opacus_step(work: Workload, mode: str, seed: int = 0) -> Step:
         grad_sample_mode=mode,
     )
     module, optimizer = made[0], made[1]
-    criterion = made[2] if mode == "ghost" else _Mean(work)
+    criterion = made[2] if mode == "ghost" else Mean(work)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -123,7 +123,7 @@ def opacus_step(work: Workload, mode: str, seed: int = 0) -> Step:
     return step
 
 
-def _setup(work: Workload, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+def setup(work: Workload, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(seed)
     network = work.build()
     return network, *work.data(work.batch)

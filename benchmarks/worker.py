@@ -1,9 +1,10 @@
-"""One variant of a step in a process of its own: runs a step for each line on its standard input.
+"""One variant of a step in a process of its own: runs steps for each line on its standard input.
 
     python -m benchmarks.worker MODEL VARIANT
 
-Answers each line with the step's seconds. At the end of input it prints, as JSON, the peak of its memory over what it
-held before the network was built.
+A line is a number of steps (none: one); it is answered with the seconds of each, on average. At the end of input the
+process prints, as JSON, the peak of its memory over what it held before the network was built, and what the step itself
+has found.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,18 +28,26 @@ def main(model: str, variant: str) -> None:
     from benchmarks.steps import make_step
 
     warm_up()
+    serve(lambda: make_step(model, variant))
+
+
+def serve(make: Callable[[], Callable[[], None]]) -> None:
+    """Make a step, and take it as often as it is asked for."""
     before = _status("VmRSS")
     # Starts the peak anew.
     Path("/proc/self/clear_refs").write_text("5")
-    step = make_step(model, variant)
+    step = make()
     step()
     step()
     print("ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        count = int(line) if line.strip() else 1
         begun = time.perf_counter()
-        step()
-        print(time.perf_counter() - begun, flush=True)
-    print(json.dumps({"peak_bytes": _status("VmHWM") - before}), flush=True)
+        for _ in range(count):
+            step()
+        print((time.perf_counter() - begun) / count, flush=True)
+    found = getattr(step, "found", {})
+    print(json.dumps({"peak_bytes": _status("VmHWM") - before, **found}), flush=True)
 
 
 def warm_up() -> None:
