@@ -12,8 +12,8 @@ from synthward.engine.planner import Choice, seconds
 _FLOAT = 4
 # Buckets of sums that are exchanged at once, and the most coordinates of one (`synthward.engine.sums`).
 _BUCKETS, _BUCKET = 4, 1 << 24
-# Whole sums of sharded parameters at once: one forms, two are on their way (`synthward.engine.distributed.sharded`).
-_WHOLE_SUMS = 3
+# Whole sums of sharded parameters that are on their way while one forms (`synthward.engine.distributed.sharded`).
+_SENT = 2
 # Layers that are whole at once: one runs while the next one is gathered.
 _WHOLE_LAYERS = 2
 # What the allocator leaves unused between blocks, and scratch of kernels and threads: measured over the models of
@@ -30,14 +30,14 @@ class Memory:
     Attributes:
         parameters: fp32, of the network and of networks beside it.
         sums: clipped sums, fp32.
-        moments: Adam's, fp32; 0 where they are offloaded.
+        moments: Adam's, fp32.
         batch: the physical batch.
         activations: what the forward pass keeps (copies of weights in bf16 included).
         gradients: what the backward pass keeps for the clip, and what it is working on.
         working: copies that convolutions work on.
         exchange: buckets under way to other ranks, layers and sums that are whole for a while.
         gaps: what the allocator does not use, and scratch.
-        host: in the host's memory, beside all that.
+        host: in the host's memory, beside all that: parameters, sums and moments that are offloaded.
     """
 
     parameters: int
@@ -114,38 +114,52 @@ class Estimate:
     assumptions: tuple[str, ...]
 
 
-def memory_of(shape: Shape, setting: Setting, found: Rehearsal) -> Memory:
+def memory_of(shape: Shape, setting: Setting, device: Device, found: Rehearsal) -> Memory:
     """Memory of one rank."""
     total, ranks = shape.total, setting.ranks
     is_sharded = setting.parallel == "shard"
-    whole = -(-total // ranks) if is_sharded else total
-    moments = 2 * _FLOAT * -(-total // ranks)
+    owned = -(-total // ranks)
+    whole = owned if is_sharded else total
     parts = found.memory
+    parameters, sums, moments = _FLOAT * whole, _FLOAT * whole, 2 * _FLOAT * owned
     memory = Memory(
-        parameters=_FLOAT * (whole + shape.others),
-        sums=_FLOAT * whole,
-        moments=0 if setting.offload else moments,
+        parameters=_FLOAT * shape.others,
+        sums=0,
+        moments=0,
         batch=parts.get("batch", 0),
         activations=parts.get("activations", 0),
         gradients=parts.get("gradients", 0) + parts.get("clip", 0),
         working=parts.get("working", 0),
-        exchange=_exchange(shape, setting),
+        exchange=_exchange(shape, setting, device),
         gaps=0,
-        host=moments if setting.offload else 0,
     )
+    if setting.offload:
+        memory = replace(memory, host=parameters + sums + moments)
+    else:
+        memory = replace(memory, parameters=parameters + memory.parameters, sums=sums, moments=moments)
     return replace(memory, gaps=_GAP + round(_GAP_SHARE * memory.total))
 
 
-def _exchange(shape: Shape, setting: Setting) -> int:
+def _exchange(shape: Shape, setting: Setting, device: Device) -> int:
+    if setting.parallel == "shard":
+        # What no block holds is whole for the whole pass; it comes in one piece that is then taken apart.
+        rest, blocks = shape.total - sum(shape.blocks), _WHOLE_LAYERS * max(shape.blocks, default=0)
+        gathered = _compute_bytes(setting) * max(rest - blocks, 0)
+        return _compute_bytes(setting) * (rest + blocks) + max(gathered, _whole_sums(shape, setting, device))
     if setting.ranks == 1:
         return 0
-    if setting.parallel == "replicate":
-        return _FLOAT * min(_BUCKETS * min(_BUCKET, max(shape.total // 8, 1 << 18)), shape.total)
-    rest = shape.total - sum(shape.blocks)
-    # What no block holds is whole for the whole pass.
-    whole = rest + _WHOLE_LAYERS * max(shape.blocks, default=0)
-    sums = _WHOLE_SUMS * max(shape.parameters.values())
-    return _compute_bytes(setting) * whole + _FLOAT * sums
+    if device.kind == "cpu":
+        # One copy of the parameters that all ranks of the machine see.
+        return _FLOAT * -(-shape.total // setting.ranks)
+    return _FLOAT * min(_BUCKETS * min(_BUCKET, max(shape.total // 8, 1 << 18)), shape.total)
+
+
+def _whole_sums(shape: Shape, setting: Setting, device: Device) -> int:
+    """Most bytes of whole sums at once: they leave from the last parameter to the first, and gloo receives as much as
+    it sends."""
+    sizes = [*shape.parameters.values()]
+    sent = 0 if setting.ranks == 1 else 2 if device.kind == "cpu" else 1
+    return _FLOAT * max(size + sent * sum(sizes[i + 1 : i + 1 + _SENT]) for i, size in enumerate(sizes))
 
 
 def _compute_bytes(setting: Setting) -> int:
@@ -165,8 +179,9 @@ def step_of(shape: Shape, setting: Setting, device: Device, found: Rehearsal, ba
     update = float(_UPDATE_BYTES * owned)
     moved = counts.product_bytes + counts.other_bytes + found.sum_bytes + norm_bytes
     exchanged = _exchanged(shape, setting, batches)
-    # Moments in the host's memory cross the link to it, at the rate of that between ranks.
-    far = float(4 * _FLOAT * owned) if setting.offload else 0.0
+    # The host's memory is reached at the rate of the link between ranks: by the update, and in each pass by what layers
+    # gather and by sums.
+    far = update + batches * float((_gathers(setting) + 1) * _FLOAT * owned) if setting.offload else 0.0
     return Step(
         flops=batches * (products + norm_flops),
         norm_flops=batches * norm_flops,
@@ -184,8 +199,12 @@ def _exchanged(shape: Shape, setting: Setting, batches: int) -> float:
     others = shape.total * (setting.ranks - 1) / setting.ranks
     if setting.parallel == "replicate":
         return 2.0 * _FLOAT * others
-    gathers = 2 + int(setting.perf.keep == "recompute")
-    return batches * others * (gathers * _compute_bytes(setting) + _FLOAT)
+    return batches * others * (_gathers(setting) * _compute_bytes(setting) + _FLOAT)
+
+
+def _gathers(setting: Setting) -> int:
+    """How often a sharded layer is made whole in a pass: forward, and in each backward pass."""
+    return 2 + int(setting.perf.keep == "recompute")
 
 
 def methods_of(shape: Shape, choices: tuple[Choice, ...]) -> tuple[Method, ...]:

@@ -31,11 +31,11 @@ def estimate(workload: Workload, setting: Setting, device: Device) -> Estimate:
         return rehearse(workload, size, setting, device)
 
     def total(size: int) -> int:
-        return memory_of(shape, setting, rehearsed(size)).total
+        return memory_of(shape, setting, device, rehearsed(size)).total
 
     most = _largest(total, device.memory, units)
     found = rehearsed(static_size(units, setting.physical_batch_size or max(most, 1)))
-    memory = memory_of(shape, setting, found)
+    memory = memory_of(shape, setting, device, found)
     batches = math.ceil(units / found.units)
     step = step_of(shape, setting, device, found, batches)
     return Estimate(
@@ -90,5 +90,8 @@ def _assumptions(setting: Setting, device: Device) -> list[str]:
     if setting.precision == "bf16":
         told.append("bf16 by autocast; what waits for the clip is fp32 unless keep is bf16")
     if setting.offload:
-        told.append(f"moments cross to the host and back in each step at {device.link / 1e9:.3g} GB/s")
+        told.append(
+            f"parameters, sums and moments are on the host (CPUOffloadPolicy), which is reached at "
+            f"{device.link / 1e9:.3g} GB/s"
+        )
     return told

@@ -117,7 +117,7 @@ class Setting:
         precision: "fp32", or "bf16" by autocast (parameters, sums and moments stay fp32).
         clip: the clipping rule.
         perf: how the step is computed.
-        offload: moments are kept in the host's memory.
+        offload: parameters, sums and moments are kept in the host's memory; sharded ones only.
         physical_batch_size: most units at once on a rank, or None for as many as fit.
     """
 
@@ -139,6 +139,8 @@ class Setting:
             _check_count("physical batch size", self.physical_batch_size)
         if self.parallel not in PARALLELS:
             raise ConfigError(f"parallel: got {self.parallel!r}; choose one of {', '.join(PARALLELS)}")
+        if self.offload and self.parallel != "shard":
+            raise ConfigError("offload: is torch's CPUOffloadPolicy, which goes with parallel 'shard' only")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision: got {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
 

@@ -114,8 +114,8 @@ def test_ranks_and_options_show(call):
     assert four["physical_batch_size"] * four["physical_batches"] * 4 >= 64
     again = answer(call(*TINY, "--batch", 64, "--clipping", "per-layer", "--checkpoint", "--json"))
     assert again["memory"]["activations"] < one["memory"]["activations"]
-    away = answer(call(*TINY, "--batch", 64, "--offload", "--json"))
-    assert (away["memory"]["moments"], away["memory"]["host"]) == (0, one["memory"]["moments"])
+    away = answer(call(*TINY, "--batch", 64, "--parallel", "shard", "--offload", "--json"))
+    assert (away["memory"]["moments"], away["memory"]["host"]) == (0, 16 * one["parameters"])
     given = answer(call(*TINY, "--batch", 64, "--physical-batch-size", 10, "--json"))
     assert given["physical_batch_size"] <= 10 < given["physical_batches"] * given["physical_batch_size"]
 
@@ -203,6 +203,7 @@ REFUSED = [
     ((*TINY, "--batch", 64, "--clipping", "grouped"), "--clipping"),
     ((*TINY, "--batch", 64, "--keep", "half"), "keep"),
     ((*TINY, "--batch", 64, "--ranks", 0), "ranks"),
+    ((*TINY, "--batch", 64, "--offload"), "offload"),
     ((*TINY, "--batch", 64, "--device", "tpu"), "--device"),
     ((*TINY, "--batch", 64, "--device-memory", -1), "memory"),
     (("--decoder", "7b", "--batch", 64), "10b"),

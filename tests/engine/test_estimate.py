@@ -18,6 +18,7 @@ from synthward.engine.estimate.rehearsal import shape_of
 from synthward.engine.rates import measured_rates
 from synthward.run.decoder import decoder_workload, parse_decoder
 from tests.commandline import environment
+from tests.distributed.launch import run_ranks
 from tests.engine.used_memory import KINDS, ROOT
 
 HERE = Device.here()
@@ -28,7 +29,7 @@ def told(name: str, units: int, clipping: str, keep: str) -> int:
     """Bytes that the plan tells for one rank."""
     work = KINDS[name]()
     setting = Setting(batch=units, clip=ClipSpec(1.0, clipping), perf=PerfSpec(keep=keep))
-    return memory_of(shape_of(work), setting, rehearse(work, units, setting, HERE)).total
+    return memory_of(shape_of(work), setting, HERE, rehearse(work, units, setting, HERE)).total
 
 
 def used(name: str, units: int, clipping: str, keep: str) -> int:
@@ -69,6 +70,22 @@ MORE_RUNS = [
 def test_a_small_run_uses_what_was_told(name, units, clipping, keep):
     expected, found = told(name, units, clipping, keep), used(name, units, clipping, keep)
     assert abs(expected - found) <= 0.15 * found, f"told {expected / 1e6:.1f} MB, used {found / 1e6:.1f} MB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "units", "parallel"),
+    [("mlp", 256, "replicate"), ("decoder", 4, "replicate"), ("decoder", 4, "shard"), ("ehr", 2, "shard")],
+)
+def test_two_ranks_use_what_was_told_of_each(name, units, parallel):
+    work, device = KINDS[name](), Device.here(2)
+    setting = Setting(batch=2 * units, ranks=2, parallel=parallel)
+    expected = memory_of(shape_of(work), setting, device, rehearse(work, units, setting, device)).total
+    arguments = (name, units, "flat", "full", parallel)
+    for found in run_ranks(2, "tests.engine.used_memory:main", *arguments, timeout=300.0):
+        assert abs(expected - found) <= 0.15 * found, (
+            f"told {expected / 1e6:.1f} MB, used {found / 1e6:.1f} MB"
+        )
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per-layer"])
@@ -135,7 +152,7 @@ def test_ranks_divide_what_they_own():
     found = rehearse(work, 4, one, HERE)
 
     def parts(**changes):
-        return memory_of(shape, replace(one, **changes), found)
+        return memory_of(shape, replace(one, **changes), HERE, found)
 
     alone, copies, shards = parts(), parts(ranks=4), parts(ranks=4, parallel="shard")
     assert alone.parameters == alone.sums == 4 * shape.total and alone.moments == 8 * shape.total
@@ -144,9 +161,9 @@ def test_ranks_divide_what_they_own():
     assert copies.moments == shards.moments == 2 * 4 * -(-shape.total // 4)
     assert shards.parameters == shards.sums == 4 * -(-shape.total // 4)
     assert copies.exchange > 0 and shards.exchange > 0
-    offloaded = parts(ranks=4, offload=True)
-    assert (offloaded.moments, offloaded.host) == (0, copies.moments)
-    assert offloaded.total < copies.total
+    offloaded = parts(ranks=4, parallel="shard", offload=True)
+    assert (offloaded.parameters, offloaded.sums, offloaded.moments) == (0, 0, 0)
+    assert offloaded.host == shards.parameters + shards.sums + shards.moments
 
 
 def test_the_batch_that_fits_is_the_largest():
@@ -155,7 +172,7 @@ def test_the_batch_that_fits_is_the_largest():
     shape = shape_of(work)
 
     def total(size: int) -> int:
-        return memory_of(shape, setting, rehearse(work, size, setting, HERE)).total
+        return memory_of(shape, setting, HERE, rehearse(work, size, setting, HERE)).total
 
     device = replace(HERE, memory=float(total(37) + 1000))
     found = estimate(work, setting, device)
@@ -226,6 +243,7 @@ def test_this_machine_s_rates_are_the_measured_ones():
         ({"steps": True}, "steps"),
         ({"parallel": "tensor"}, "parallel"),
         ({"precision": "fp8"}, "precision"),
+        ({"offload": True}, "offload"),
         ({"physical_batch_size": 0}, "physical batch size"),
     ],
 )

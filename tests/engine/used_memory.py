@@ -23,21 +23,22 @@ DECODER = "layers=6,width=384,heads=6,vocab=512,times=128"
 
 def of_benchmark(name: str) -> Workload:
     """A model of benchmarks/models.py."""
-    work = _models().WORKLOADS[name]
+    work = _benchmark("models").WORKLOADS[name]
 
     def build() -> Built:
         network = work.build()
-        return Built(network, lambda x, y: work.row_losses(network(x), y))
+        layers = [layer for layer in network.children() if any(True for _ in layer.parameters())]
+        return Built(network, lambda x, y: work.row_losses(network(x), y), layers)
 
     return Workload(name, build, work.data)
 
 
 @functools.cache
-def _models() -> Any:
-    """benchmarks/models.py, which is no package where pytest runs."""
-    spec = importlib.util.spec_from_file_location("models_to_plan", ROOT / "benchmarks/models.py")
+def _benchmark(name: str) -> Any:
+    """A module of benchmarks/, which is no package where pytest runs."""
+    spec = importlib.util.spec_from_file_location(f"{name}_to_plan", ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["models_to_plan"] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -65,31 +66,56 @@ KINDS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def main(name: str, units: int, clipping: str, keep: str) -> int:
+def main(name: str, units: int, clipping: str, keep: str, parallel: str = "replicate") -> int:
     """Two steps; returns the peak of memory."""
     import torch
 
-    from benchmarks.worker import _status, warm_up
-    from synthward.engine import KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+    # What it loads is no part of what a step uses.
+    import torch.distributed.fsdp
 
-    work = KINDS[name]()
-    warm_up()
-    before = _status("VmRSS")
+    from synthward.engine import KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+    from synthward.engine.distributed.ranks import Ranks
+
+    work, ranks, meter = KINDS[name](), Ranks.current(), _benchmark("worker")
+    meter.warm_up()
+    before = meter._status("VmRSS")
     # Starts the peak anew.
     Path("/proc/self/clear_refs").write_text("5")
     built, data = work.build(), work.data(units)
+    if parallel == "shard":
+        _shard(built)
     plan = PrivacyPlan(0.1, 1.0, 1.0, 10, float(units), clipping)
     optimizer = torch.optim.Adam(built.module.parameters())
-    trainer = PrivateTrainer(
-        built.module, optimizer, plan, keys=KeySchedule.from_os(), perf=PerfSpec(keep=keep)
-    )
+    keys = KeySchedule.shared(ranks)
+    trainer = PrivateTrainer(built.module, optimizer, plan, keys=keys, perf=PerfSpec(keep=keep))
     mask = torch.ones(units, dtype=torch.bool)
     for _ in range(2):
         with trainer.capture():
             losses = built.losses(*data)
         trainer.backward(losses, rows_per_unit=work.rows_per_unit, unit_mask=mask)
         trainer.apply()
-    return _status("VmHWM") - before
+    peak = meter._status("VmHWM") - before
+    # What several ranks have in common counts once for all of them. It is there to the end.
+    return peak - meter._status("RssShmem") + _shared_part()
+
+
+def _shard(built: Built) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in built.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(built.module, mesh=mesh)
+
+
+def _shared_part() -> int:
+    """This process's part of memory that it shares, in bytes."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Shmem:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 if __name__ == "__main__":

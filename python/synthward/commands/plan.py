@@ -54,7 +54,9 @@ def plan(
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Activation checkpointing of the decoder's blocks.")
     ] = False,
-    offload: Annotated[bool, typer.Option("--offload", help="Optimizer's state on the host.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Parameters, sums and optimizer's state on the host.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu (this machine) or gpu [cpu; for a decoder gpu].")
     ] = None,
