@@ -6,9 +6,9 @@ One process with all threads, or ranks with their share of the threads and of th
 PyTorch and its DDP and FSDP2, this engine's, Opacus' DDP. All processes stay up and take turns of a few steps, in
 another order in each round; who waits sleeps on a pipe. The seconds of a turn are those of its slowest rank; a ratio is
 the median over rounds of the ratio in a round. A turn in which other processes of the machine took more than a tenth of
-a core is taken again, three times at most; how many turns were disturbed all the same is in the result. Peak memory is
-the most that a rank held over what it held before the network was built; memory that ranks have in common is counted on
-each that touches it.
+a core is taken again, until patience is at its end; how many were disturbed all the same is in the result. Peak memory
+is the most that a rank held over what it held before the network was built; memory that ranks have in common is counted
+on each that touches it.
 
 Then pieces, each alone: ranks that exchange nothing, the exchange without a step, each collective over loopback by
 size. Opacus' hooks come last, for a few rounds: they need seconds and gigabytes. Models that are not measured now stay
@@ -49,8 +49,8 @@ PIECES = [v for v in VARIANTS if v not in COMPARED and v != COLLECTIVES]
 # Goals of the issues: private over plain in one process, and what several ranks may add.
 RATIO_GOALS, SLACK, THROUGHPUT_GOAL = {"mlp": 1.00, "gpt": 1.05}, 0.05, 0.90
 TURN_SECONDS, SLOW_ROUNDS, MOST_BYTES = 0.4, 3, 4e9
-# A turn is taken again, so often at most, while other processes of the machine take more than this share of a core.
-DISTURBED, TRIES = 0.1, 4
+# A turn is taken again, after a pause, while other processes of the machine take more than this share of a core.
+DISTURBED, PAUSE_SECONDS = 0.1, 0.3
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -153,7 +153,7 @@ def started(
 
 
 def take_turns(
-    groups: dict[str, Group], seconds: float, rounds: int
+    groups: dict[str, Group], seconds: float, rounds: int, patience: float
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step of each variant, round by round; and of each turn, how many cores others took."""
     times: dict[str, list[float]] = {variant: [] for variant in groups}
@@ -161,9 +161,11 @@ def take_turns(
     order, begun, done, others = random.Random(0), time.monotonic(), 0, []
     while done < rounds or time.monotonic() - begun < seconds:
         for variant in order.sample([*groups], len(groups)):
-            found = [_turn(groups[variant], counts[variant])]
-            while found[-1][1] > DISTURBED and len(found) < TRIES:
+            found, waited = [_turn(groups[variant], counts[variant])], time.monotonic()
+            while found[-1][1] > DISTURBED and patience > 0.0:
+                time.sleep(PAUSE_SECONDS)
                 found.append(_turn(groups[variant], counts[variant]))
+                patience, waited = patience - (time.monotonic() - waited), time.monotonic()
             least = min(found, key=lambda turn: turn[1])
             times[variant].append(least[0])
             others.append(least[1])
@@ -216,7 +218,7 @@ def measure(model: str, variants: list[str], ranks: int, threads: int, options: 
         if not names or (part != "compared" and names[-1] in COMPARED and names[-1] != SLOW):
             continue
         with started(model, names, ranks, threads) as (groups, failed):
-            times, others = take_turns(groups, seconds, count)
+            times, others = take_turns(groups, seconds, count, options.patience)
             told = {variant: group.end() for variant, group in groups.items()}
         result["failed"] |= failed
         result[part] = {v: _row(times[v], told[v]) for v in times}
@@ -319,6 +321,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=25.0, help="for each model, at least")
     parser.add_argument("--rounds", type=int, default=9, help="at least")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for an idle machine")
     parser.add_argument("--dry", action="store_true", help="print only")
     options = parser.parse_args()
     variants = options.variants.split(";")

@@ -96,3 +96,81 @@ def test_parts_of_a_result_keep_each_other(tmp_path: Path, machine: ModuleType):
     assert content["steps"]["models"] == {"gan": 3}
     assert content["steps"]["machine"]["versions"]["torch"]
     assert content["kernels"]["command"] and content["steps"]["command"]
+
+
+def test_ranks_are_measured_beside_their_peers():
+    before = results()
+    variants = "plain DDP;synthward;synthward replicas;synthward FSDP2"
+    options = (
+        "--models",
+        "gan",
+        "--variants",
+        variants,
+        "--rounds",
+        "2",
+        "--seconds",
+        "0",
+        "--patience",
+        "0",
+    )
+    _, *lines = run("distributed", *options, "--dry")
+    for variant in variants.split(";"):
+        (line,) = [line for line in lines if line.startswith(f"gan  {variant}  ")]
+        figures = [
+            float(word.strip("(),")) for word in line[len(f"gan  {variant}") :].split() if word != "to"
+        ]
+        # Seconds and quartiles, two parts of a private step, a peak for each process.
+        processes = 1 if variant == "synthward" else 2
+        assert len(figures) == 3 + 2 * ("synthward" in variant) + processes
+        assert min(figures) > 0.0
+    ratios = [line for line in lines if " ratio " in line]
+    assert len(ratios) == 3 and all(float(line.split(": ")[1].split()[0]) > 0.0 for line in ratios)
+    assert any("goal throughput of ranks over one process" in line for line in lines)
+    assert not [line for line in lines if "failed" in line] and results() == before
+
+
+SCALING = """
+import json
+from benchmarks.scaling import ASSUMED, BATCHES, MODELS, Cluster, Plan, best, limit, read_counts
+counts = read_counts()
+steps = {model: {gpus: best(counts[model], 65536, gpus) for gpus in (1, 8, 64, 512)} for model in MODELS}
+plan = lambda sharded, layered: Plan(counts["1.3b"][1], 4096, 64, sharded, layered).step()
+print(json.dumps({
+    "seconds": {m: {g: s.seconds for g, s in of.items() if s} for m, of in steps.items()},
+    "efficiency": {m: {g: s.efficiency for g, s in of.items() if s} for m, of in steps.items()},
+    "alone": Cluster(1).collective(1e9),
+    "node": Cluster(8).collective(1e9),
+    "nodes": Cluster(64).collective(1e9),
+    "link": ASSUMED["infiniband"].value * ASSUMED["link_share"].value,
+    "sent": [plan(False, False).exchanged, plan(True, False).exchanged, plan(True, False).passes_taken],
+    "parameters": counts["1.3b"][1].parameters,
+    "sums": [plan(True, False).sums, plan(True, True).sums],
+    "limits": [limit(counts["gpt2-small"], batch)[0].gpus for batch in BATCHES],
+}))
+"""
+
+
+def test_the_scaling_model_keeps_its_own_rules():
+    done = subprocess.run(
+        [sys.executable, "-c", SCALING], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    for model, seconds in found["seconds"].items():
+        ordered = list(seconds.values())
+        assert ordered == sorted(ordered, reverse=True) and len(ordered) >= 3
+        assert all(0.0 < share <= 1.0 for share in found["efficiency"][model].values())
+    # A tenth of 10 B parameters does not fit on one GPU with its moments.
+    assert "1" in found["seconds"]["gpt2-small"] and "1" not in found["seconds"]["10b"]
+    assert found["alone"] == 0.0 < found["node"] < found["nodes"]
+    # Between 8 nodes, an eighth of the tensor goes over each GPU's adapter, but for the node's own part.
+    assert found["nodes"] == pytest.approx(1e9 / 8 * 7 / 8 / found["link"], rel=0.05)
+    replicas, shards, passes = found["sent"]
+    assert replicas == pytest.approx(8 * found["parameters"] * 63 / 64)
+    assert shards == pytest.approx(10 * found["parameters"] * 63 / 64 * passes)
+    assert found["sums"][1] <= found["sums"][0]
+    # Sixteen times the batch feeds more GPUs.
+    assert found["limits"][0] < found["limits"][1]
+
+
+def test_the_page_on_scaling_is_what_the_model_says():
+    run("scaling", "--check")
