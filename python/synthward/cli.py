@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -86,6 +87,26 @@ _ALL_RANKS = frozenset({"fit", "sample"})
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    code = _run(words)
+    if arguments is None and has_ranks():
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End one of several processes without the interpreter's own last steps.
+
+    All is closed and written by now. What is left are threads of gloo, which may hold a tensor of Python a moment
+    longer: one that asks for the interpreter's lock when that is gone aborts the process (torch 2.13), and a run that
+    is complete would be called a failure.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _run(words: list[str]) -> int:
     if has_ranks() and not _ALL_RANKS.intersection(words):
         _say_once(
             f"error: only {' and '.join(sorted(_ALL_RANKS))} run on several processes; leave torchrun away"

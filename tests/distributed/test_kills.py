@@ -24,7 +24,7 @@ from tests.distributed.launch import run_ranks
 from tests.tinydata import write_tiny
 
 KILLS, TORCHRUN_KILLS = 32, 3
-STEPS = 300
+STEPS, PATIENCE = 300, 300.0
 
 
 @pytest.mark.slow
@@ -88,10 +88,10 @@ def test_torchrun_ends_all_when_one_is_killed_and_the_run_goes_on(tmp_path):
                 start_new_session=True,
             )
         try:
-            await_(lambda pid=agent.pid: len(workers(pid)) == 2, 120, "torchrun has started nothing")
+            await_(lambda pid=agent.pid: len(workers(pid)) == 2, PATIENCE, "torchrun has started nothing")
             if number:
                 # One is killed while it starts, the others when steps are taken.
-                await_(lambda least=before: charged(tmp_path)[0] > least, 120, "no step was charged")
+                await_(lambda least=before: charged(tmp_path)[0] > least, PATIENCE, "no step was charged")
             time.sleep(rng.uniform(0.0, 0.3))
             victims = workers(agent.pid)
             os.kill(victims[rng.randrange(2)], signal.SIGKILL)
