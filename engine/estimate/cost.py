@@ -142,10 +142,11 @@ def memory_of(shape: Shape, setting: Setting, device: Device, found: Rehearsal) 
 
 def _exchange(shape: Shape, setting: Setting, device: Device) -> int:
     if setting.parallel == "shard":
-        # What no block holds is whole for the whole pass; it comes in one piece that is then taken apart.
-        rest, blocks = shape.total - sum(shape.blocks), _WHOLE_LAYERS * max(shape.blocks, default=0)
-        gathered = _compute_bytes(setting) * max(rest - blocks, 0)
-        return _compute_bytes(setting) * (rest + blocks) + max(gathered, _whole_sums(shape, setting, device))
+        # What no block holds is whole for the whole pass, and what is gathered comes in one piece that is then taken
+        # apart.
+        rest, block = shape.total - sum(shape.blocks), max(shape.blocks, default=0)
+        gathered = rest + _WHOLE_LAYERS * block + max(rest, block)
+        return _compute_bytes(setting) * gathered + _whole_sums(shape, setting, device)
     if setting.ranks == 1:
         return 0
     if device.kind == "cpu":
