@@ -18,9 +18,10 @@ from synthward.schema import load_schema
 from tests.distributed.together import on_ranks
 from tests.tinydata import write_tiny
 
-TOLERANCE = 1e-5
-# More than one lease; of the other few, since it takes the largest of several numbers (hard tokens), where a last bit
-# may decide and then all that follows is another's.
+# The network that a GAN releases is trained on the private one by an Adam without momentum, which takes a step of full
+# length by the sign of a gradient that may be of the last bit alone; and tokens are the largest of several numbers.
+TOLERANCE = {"diffusion": 1e-5, "gan": 5e-3}
+# More than one lease.
 STEPS = {"diffusion": 60, "gan": 20}
 
 
@@ -50,7 +51,7 @@ def lead(
 ) -> None:
     settings = {"hidden": 24, "draws": 2}
     options = FitOptions(
-        generator, steps=STEPS, sample_rate=0.3, seed=5, settings=settings, parallel=parallel,
+        generator, steps=STEPS.get(generator, 20), sample_rate=0.3, seed=5, settings=settings, parallel=parallel,
         physical_batch_size=physical_batch_size,
     )  # fmt: skip
     fit_run(
@@ -117,7 +118,7 @@ def runs(folder) -> dict[int, Any]:
 def test_the_model_is_that_of_one_process(folder, runs, generator, parallel, size):
     name = f"{generator}-{parallel}-{size}"
     assert runs[size][name] == [""] * size
-    assert_same(folder / name, folder / f"{generator}-alone")
+    assert_same(folder / name, folder / f"{generator}-alone", TOLERANCE[generator])
 
 
 @pytest.mark.parametrize(("generator", "parallel", "size"), CASES)
@@ -152,11 +153,11 @@ def test_shards_need_several_processes(folder):
         lead(folder, "sharded-alone", "diffusion", "shard")
 
 
-def assert_same(run: Path, other: Path) -> None:
+def assert_same(run: Path, other: Path, tolerance: float) -> None:
     found, expected = load_file(run / "model.safetensors"), load_file(other / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert np.linalg.norm(found[name] - value) <= TOLERANCE * max(np.linalg.norm(value), 1e-6), name
+        assert np.linalg.norm(found[name] - value) <= tolerance * max(np.linalg.norm(value), 1e-6), name
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
