@@ -283,15 +283,21 @@ def make_ledger(folder: str, keys: KeySchedule) -> tuple[Ledger | None, SharedLe
 @contextmanager
 def watched(noise_key: bytes, places: list[tuple[int, int, int]]) -> Iterator[None]:
     """Notes which noise of a key is made inside: all that makes some checks its place first."""
-    checked = _check.place
+    checked, checked_std = _check.place, _check.noise_std
 
     def place(key: bytes, stream: int, step: int, start: int, count: int) -> None:
         checked(key, stream, step, start, count)
         if key == noise_key:
             places.append((step, start, start + count))
 
-    _check.place = place
+    def noise_std(value: float) -> None:
+        checked_std(value)
+        # An update that adds none (integers were released before it) has checked its place all the same.
+        if value == 0.0 and places:
+            places.pop()
+
+    _check.place, _check.noise_std = place, noise_std
     try:
         yield
     finally:
-        _check.place = checked
+        _check.place, _check.noise_std = checked, checked_std
