@@ -103,7 +103,10 @@ TWO = (
     "blocks: 3 few per-layer ragged "
     "silent-replicas: 1 few adaptive blt discrete silent-whole: 7 few rmsprop banded silent-blocks: 1 adam"
 )
-FOUR = "replicas: 7 few wide-flat ledger whole: 7 few blt blocks: 3 silent-replicas: 1 silent-whole: 7 blt silent-blocks: 1"
+FOUR = (
+    "replicas: 7 few wide-flat ledger whole: 7 few blt blocks: 3 "
+    "silent-replicas: 1 silent-whole: 7 blt silent-blocks: 1"
+)
 ONE = "whole: 7 few adam_bc blocks: 3 per-layer silent-whole: 7 few silent-blocks: 1"
 
 
