@@ -211,10 +211,10 @@ PYTHON = [
     Mutant(
         "half of the noise under SGD",
         "engine/optim.py",
-        "                buffer,\n                key=noise.key,\n                stream=noise.stream,\n"
-        "                step=noise.step,\n                start=start,\n                noise_std=noise.std,",
-        "                buffer,\n                key=noise.key,\n                stream=noise.stream,\n"
-        "                step=noise.step,\n                start=start,\n                noise_std=0.98 * noise.std,",
+        "if momentum else None,\n                key=noise.key,\n                stream=noise.stream,\n"
+        "                step=noise.step,\n                start=piece.start,\n                noise_std=noise.std,",
+        "if momentum else None,\n                key=noise.key,\n                stream=noise.stream,\n"
+        "                step=noise.step,\n                start=piece.start,\n                noise_std=0.98 * noise.std,",
         (SILENT_STEP,),
     ),
     Mutant(
@@ -234,8 +234,8 @@ PYTHON = [
     Mutant(
         "correlated noise begins anew in each group of the optimizer",
         "engine/optim.py",
-        "None if self.correlation is None else self.correlation.part(start, end)",
-        "None if self.correlation is None else self.correlation.part(0, end - start)",
+        "self.correlation.part(piece.at, piece.at + len(piece.param))",
+        "self.correlation.part(0, len(piece.param))",
         ("tests/engine/test_corrected_adam.py::test_correlated_noise_reaches_every_updater[sgd]",),
     ),
     Mutant(
