@@ -115,6 +115,7 @@ class Contributions:
         self.most_rows = 0
         self._biases: set[int] = set()
         self._took_bias = False
+        self._empty: Counter[int] = Counter()  # uses that had no rows
         # What was measured is what is summed: versions of the kept tensors, by use, and names for the message.
         self._versions: dict[int, list[int]] = {}
         self._measured_names: dict[int, str] = {}
@@ -135,7 +136,7 @@ class Contributions:
         if batch.layout.num_units != self._layout.num_units or batch.scale != self._batch.scale:
             return  # several forward passes of different batches: refused by name when the pass ends
         if rows == 0:
-            return
+            return self._receive_nothing(kept)
         if kept.leading % rows:
             raise UnsupportedOperationError(
                 f"parameter {self._state.name(kept.uses[0][0])!r} in operation {kept.operation!r}: its input has "
@@ -163,6 +164,14 @@ class Contributions:
                 self._add(self._simplify(target, use, self._layout.expand(use.rows // rows)))
         # The cache holds the rows too, which else would live on.
         self._norms = Norms()
+
+    def _receive_nothing(self, kept: Kept) -> None:
+        """A call on no rows: groups are finished where other ranks finish theirs, who wait for the sums."""
+        for position in (p for target, _ in kept.uses for p in positions_of(target)):
+            self._empty[position] += 1
+            if self._empty[position] == self._state.expected(position):
+                self._states[self._groups.of_position[position]].done.add(position)
+                self._finish_if_complete(self._groups.of_position[position])
 
     def _takes_bias(self, kept: Kept, outer: OuterUse) -> bool:
         """Whether the norm of a product's weight is to be taken with that of its bias: both are used this once."""
@@ -428,6 +437,9 @@ class Contributions:
                 left[position] -= 1
                 if not left[position]:
                     self._sums.done(position)
+        for position, group_of in enumerate(self._groups.of_position):
+            if group_of == index and position not in left:
+                self._sums.done(position)
         self._biases = set()
         self._planner.free()
 

@@ -139,6 +139,14 @@ class Ranks:
         found.is_told = True
         raise found
 
+    def apart(self) -> Ranks:
+        """The same processes over connections of their own, which keep no order with others. All ranks take part."""
+        if self.group is None:
+            return self
+        with self.exchanging():
+            group = dist.new_group(timeout=timedelta(seconds=PATIENCE_SECONDS))
+        return Ranks(group, self._store)
+
     def await_main(self) -> None:
         """Wait for rank 0 to come here, however long it works on something else before."""
         if self.group is None or self._store is None:

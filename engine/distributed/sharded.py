@@ -70,6 +70,8 @@ class ShardedParameters(Spans):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         super().__init__(module, optimizer)
         self.ranks = ranks
+        # FSDP gathers parameters in between, and a rank without rows reduces its sums at another time than the others.
+        self._reducing = ranks.apart()
         leave_resizable()
         for span in self.spans:
             _check_placement(span, ranks)
@@ -108,7 +110,7 @@ class ShardedParameters(Spans):
         """Sums of all parameters, zero."""
         shapes = [span.parameter.shape for span in self.spans]
         lengths = [_local(span.parameter).numel() for span in self.spans]
-        return ShardedSums(shapes, lengths, self.ranks, dtype, self.device)
+        return ShardedSums(shapes, lengths, self._reducing, dtype, self.device)
 
     def _make_pieces(self) -> list[Piece]:
         pieces, at = [], 0

@@ -98,6 +98,7 @@ def train(how: str, size: int, noise: float = 0.5) -> dict[str, np.ndarray]:
     return {name: whole(parameter) for name, parameter in net.named_parameters()}
 
 
+CLIPPINGS = ("flat", "per-layer")
 HOW = ("plain", "kept", "offloaded", "checkpointed", "meta", "bf16")
 
 
@@ -106,6 +107,7 @@ def runs(request) -> Outcomes:
     here = "tests.distributed.test_sharded"
     work = {how: (f"{here}:train", (how, 4)) for how in HOW}
     work |= {
+        **{f"no rows, {clipping}": (f"{here}:without_rows", (clipping,)) for clipping in CLIPPINGS},
         "past the hooks": (f"{here}:past_the_hooks", ()),
         "mixing": (f"{here}:mixing", ()),
         "elsewhere": (f"{here}:placed_elsewhere", ()),
@@ -209,3 +211,29 @@ def placed_elsewhere() -> str:
 
 def test_another_placement_is_refused_by_name(runs):
     assert all("'weight' is placed as" in message for message in runs["elsewhere"])
+
+
+def without_rows(clipping: str) -> float:
+    """One rank after the other has no rows, and no padding; the norm of what is released in the end."""
+    torch.manual_seed(0)
+    ranks, net = Ranks.current(), nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
+    for layer in net:
+        fully_shard(layer)
+    fully_shard(net)
+    plan = PrivacyPlan(**(PLAN | {"steps": STEPS, "clipping": clipping}))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    trainer = PrivateTrainer(net, optimizer, plan, keys=KeySchedule.reproducible(3))
+    for step in range(STEPS):
+        x = torch.randn(0 if step % ranks.world_size == ranks.rank else 4, 8)
+        with trainer.capture():
+            losses = net(x).square().sum(1)
+        trainer.backward(losses, rows_per_unit=1)
+        trainer.apply()
+    return sum(float(np.linalg.norm(whole(p))) for p in net.parameters())
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_a_rank_without_rows_keeps_step(runs, clipping):
+    """Under per-layer clipping sums are reduced inside the backward pass, between what FSDP gathers."""
+    norms = runs[f"no rows, {clipping}"]
+    assert all(norm == norms[0] > 0 for norm in norms)
