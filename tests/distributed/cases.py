@@ -6,11 +6,13 @@ and hands back all that a test may compare.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -104,6 +106,7 @@ class Case:
         groups: optimizer groups.
         rows: "equal": two rows a unit; "ragged": `RAGGED`, and none for what pads a batch.
         last: "told": the last physical batch is said to be the last; "untold"; "by some": on ranks of even number.
+        is_exchanged: replicas do not read each other's sums where they are, on one machine, but exchange them.
         is_silent: the losses are multiplied by zero, so that noise is all that is released.
         has_ledger: steps are paid for in leases of 8.
     """
@@ -119,13 +122,14 @@ class Case:
     rate: float = RATE
     keep: str = "full"
     last: str = "told"
+    is_exchanged: bool = False
     is_silent: bool = False
     has_ledger: bool = False
 
     @property
     def alone(self) -> Case:
         """The same on one process, all units in one batch."""
-        return replace(self, physical=64, spread="replicas", last="told")
+        return replace(self, physical=64, spread="replicas", last="told", is_exchanged=False)
 
     @property
     def strategy(self) -> Strategy | None:
@@ -192,6 +196,11 @@ class Run:
 
 def train(case: Case, folder: str = "") -> Run:
     """`STEPS` steps of a case on the ranks that there are; a ledger lies in `folder`."""
+    with patch.dict(os.environ, {"SYNTHWARD_HOST_MEMORY": "off"} if case.is_exchanged else {}):
+        return _train(case, folder)
+
+
+def _train(case: Case, folder: str) -> Run:
     run, rank = Run(), dist.get_rank() if dist.is_initialized() else 0
     # No two ranks have the same global seed: nothing may follow it.
     torch.manual_seed(1000 + rank)

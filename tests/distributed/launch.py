@@ -130,7 +130,7 @@ def started(
         group = Group(Path(scratch))
         (group.folder / "call").write_bytes(pickle.dumps((name, arguments, join, timeout)))
         shared = {**os.environ, **PLAIN, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(world_size)}
-        shared |= {"LOCAL_WORLD_SIZE": str(world_size), **(environment or {})}
+        shared |= {"LOCAL_WORLD_SIZE": str(world_size), **_package(), **(environment or {})}
         try:
             for rank in range(world_size):
                 numbered = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -153,6 +153,19 @@ def started(
                 _end(process)
 
 
+def _package() -> dict[str, str]:
+    """Where this process has the package from, if that is a copy (with a fault, say) and not what is installed."""
+    import synthward
+
+    place = Path(synthward.__file__).resolve().parent.parent
+    return {} if any(map(_is_redirect, sys.meta_path)) else {"RANKS_PACKAGE": str(place)}
+
+
+def _is_redirect(finder: object) -> bool:
+    """Whether it finds the package that is installed in place."""
+    return "ScikitBuild" in type(finder).__name__
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a rank and whatever it started itself."""
     with suppress(ProcessLookupError):
@@ -166,6 +179,9 @@ def _be_a_rank(folder: Path, rank: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             return
+    if "RANKS_PACKAGE" in os.environ:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_redirect(finder)]
+        sys.path.insert(0, os.environ["RANKS_PACKAGE"])
     name, arguments, join, timeout = _call(folder)
     faulthandler.dump_traceback_later(max(1.0, timeout - 5.0), exit=False)
     module, _, function = name.partition(":")

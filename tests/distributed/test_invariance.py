@@ -66,6 +66,17 @@ def _cases() -> dict[str, Case]:
         base = Case(network="wide", clipping=clipping, optimizer="adam", groups=2)
         found[f"replicas-wide-{clipping}"] = base
         found[f"replicas-wide-{clipping}-told-by-some"] = replace(base, last="by some", physical=1)
+        exchanged = replace(base, is_exchanged=True)
+        found[f"exchanged-wide-{clipping}"] = exchanged
+        found[f"exchanged-wide-{clipping}-told-by-some"] = replace(exchanged, last="by some", physical=1)
+    base = Case(is_exchanged=True, physical=7)
+    found["exchanged-7"] = base
+    for clipping in ("per-layer", "adaptive", "grouped"):
+        found[f"exchanged-{clipping}"] = replace(base, clipping=clipping, physical=1)
+    found["exchanged-few"] = replace(base, network="few", groups=2, optimizer="adam")
+    found["exchanged-rmsprop"] = replace(base, optimizer="rmsprop", groups=2, last="untold")
+    found["exchanged-blt"] = replace(base, noise="blt", rate=0.9, optimizer="adam_bc")
+    found["exchanged-discrete"] = replace(base, noise="discrete", groups=2, optimizer="momentum")
     found["whole-wide"] = Case(network="wide", spread="whole", optimizer="momentum")
     for optimizer in ("sgd", "adam"):
         found[f"replicas-discrete-{optimizer}"] = Case(noise="discrete", optimizer=optimizer, groups=2)
@@ -87,6 +98,8 @@ def _silent() -> dict[str, Case]:
         found[f"{spread}-rmsprop"] = replace(base, optimizer="rmsprop", groups=2)
         for noise in ("banded", "blt", "banded_inverse"):
             found[f"{spread}-{noise}"] = replace(base, noise=noise, optimizer="adam_bc")
+    for name in ("1", "few", "adam", "blt"):
+        found[f"exchanged-{name}"] = replace(found[f"replicas-{name}"], is_exchanged=True)
     found["replicas-discrete"] = Case(is_silent=True, noise="discrete", groups=2)
     return found
 
@@ -100,8 +113,9 @@ TWO = (
     "replicas: 1 7 64 few ragged sparse per-layer automatic adaptive grouped tied-adagrad momentum adam_bc rmsprop "
     "banded blt-adam_bc recompute per-layer-untold ledger wide-flat-told-by-some discrete-adam "
     "whole: 1 7 few ragged per-layer adaptive tied adam_bc adagrad blt banded_inverse recompute ledger "
-    "blocks: 3 few per-layer ragged "
-    "silent-replicas: 1 few adaptive blt discrete silent-whole: 7 few rmsprop banded silent-blocks: 1 adam"
+    "blocks: 3 few per-layer ragged exchanged: 7 few per-layer wide-flat wide-flat-told-by-some discrete "
+    "silent-replicas: 1 few adaptive blt discrete silent-exchanged: 1 few "
+    "silent-whole: 7 few rmsprop banded silent-blocks: 1 adam"
 )
 FOUR = (
     "replicas: 7 few wide-flat ledger whole: 7 few blt blocks: 3 "

@@ -17,9 +17,10 @@ import pytest
 from tests.privacy.mutants import ROOT, Mutant, Runs, Tree, assert_noticed, assert_sound
 from tests.privacy.mutants_compiled import COMPILED
 from tests.privacy.mutants_python import PYTHON
+from tests.privacy.mutants_ranks import RANKS
 from tests.privacy.mutants_triton import TRITON
 
-ALL = [*PYTHON, *TRITON, *COMPILED]
+ALL = [*PYTHON, *TRITON, *COMPILED, *RANKS]
 # Runs beside each other: each test of a fault is small.
 AT_ONCE = 2
 
@@ -76,6 +77,29 @@ def test_the_copy_without_a_fault_passes(interpreted: Runs):
     """So that what fails fails for its fault."""
     named = named_in([*PYTHON, *TRITON])
     assert_sound(named, interpreted.sound(named))
+
+
+# What several ranks do together; each test starts its own
+
+
+@pytest.fixture(scope="module")
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs([Tree(tmp_path_factory.mktemp("mutants"))], in_python)
+    runs.start(chosen(request, "test_a_fault_between_ranks_is_noticed"))
+    yield runs
+    runs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", RANKS, ids=lambda m: m.name)
+def test_a_fault_between_ranks_is_noticed(together: Runs, mutant: Mutant):
+    assert_noticed(mutant, together.outcome(mutant))
+
+
+@pytest.mark.slow
+def test_ranks_without_a_fault_pass(together: Runs):
+    named = named_in(RANKS)
+    assert_sound(named, together.sound(named))
 
 
 # The compiled kernels, in a build of the one instruction set that every machine has

@@ -1,0 +1,89 @@
+"""Faults in what several ranks do together: their parts, their sums, their noise, what they must have in common.
+
+None leaves a rank waiting for another: that would be noticed, after minutes.
+"""
+
+from __future__ import annotations
+
+from tests.privacy.mutants import Mutant
+
+RELEASED = "tests/distributed/test_invariance.py::test_the_same_is_released"
+BITS = "tests/distributed/test_invariance.py::test_the_noise_has_the_same_bits"
+PARTS = "tests/distributed/test_sampling_global.py::test_the_ranks_parts_are_a_partition_of_the_draw"
+PRIVACY = "tests/privacy/test_privacy_distributed.py::"
+DIFFERS = PRIVACY + "test_a_rank_that_differs_is_refused_by_all_and_named"
+LOOP = PRIVACY + "test_the_sum_is_that_of_the_loop"
+ONCE = PRIVACY + "test_noise_is_exact_and_once_whatever_the_number_of_ranks"
+
+RANKS = [
+    Mutant(
+        "two ranks have the same unit",
+        "engine/sampling.py",
+        "return start, start + each + (rank < more)",
+        "return start, min(start + each + 1, units)",
+        (PARTS,),
+    ),
+    Mutant(
+        "sums of replicas are not added up",
+        "engine/sums.py",
+        "self.flat[low:high] += self._everybodys[rank, low:high]",
+        "pass",
+        (LOOP + "[2-replicas]",),
+    ),
+    Mutant(
+        "sums of shards are averaged",
+        "engine/distributed/exchange.py",
+        "torch.sum(received.view(ranks.world_size, -1), 0, out=own)",
+        "torch.mean(received.view(ranks.world_size, -1), 0, out=own)",
+        (LOOP + "[2-whole]",),
+    ),
+    Mutant(
+        "every shard takes the noise of the first",
+        "engine/distributed/sharded.py",
+        "Piece(span.group, span.start + first * width, at, param)",
+        "Piece(span.group, span.start, at, param)",
+        (BITS + "[2-silent-whole-7]", PRIVACY + "test_no_noise_is_made_twice[2-whole]"),
+    ),
+    Mutant(
+        "every replica takes the noise of the first",
+        "engine/flat.py",
+        "Piece(group, low, at + low - start, self.data[low:high])",
+        "Piece(group, low - start, at + low - start, self.data[low:high])",
+        (BITS + "[2-silent-replicas-1]", PRIVACY + "test_no_noise_is_made_twice[2-replicas]"),
+    ),
+    Mutant(
+        "noise is taken for a sum over ranks",
+        "engine/step.py",
+        "noise = self.source.next(std)",
+        "noise = self.source.next(std / self.ranks.world_size**0.5)",
+        (ONCE + "[2-replicas-1-SGD]", ONCE + "[2-whole-1-SGD]"),
+    ),
+    Mutant(
+        "the sum is divided by the number of ranks, too",
+        "engine/step.py",
+        "        self._grad_scale = 1.0 / expected_batch_size\n        self.source",
+        "        self._grad_scale = 1.0 / expected_batch_size / self.ranks.world_size\n        self.source",
+        (LOOP + "[2-replicas]", LOOP + "[2-whole]"),
+    ),
+    Mutant(
+        "each rank counts its own units for the bound",
+        "engine/step.py",
+        "self._total = sum_over(ranks, total)",
+        "self._total = total",
+        (RELEASED + "[2-replicas-adaptive]",),
+    ),
+    Mutant(
+        "keys are not compared",
+        "engine/distributed/agreement.py",
+        "(keys.key_id, keys.is_private)",
+        "keys.is_private",
+        (DIFFERS + "[2-keys: of their own]",),
+    ),
+    Mutant(
+        "the order of parameters is not compared",
+        "engine/distributed/agreement.py",
+        'names.get(id(p), "?") for p in group["params"]',
+        '"?" for p in group["params"]',
+        (DIFFERS + "[2-optimizer: another order]",),
+    ),
+]
