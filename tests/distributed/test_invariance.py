@@ -110,18 +110,13 @@ ALL = CASES | {f"silent-{name}": case for name, case in SILENT.items()}
 
 # What the fast tests run on two ranks and on four; all of it, and some on three, is slow.
 TWO = (
-    "replicas: 1 7 64 few ragged sparse per-layer automatic adaptive grouped tied-adagrad momentum adam_bc rmsprop "
-    "banded blt-adam_bc recompute per-layer-untold ledger wide-flat-told-by-some discrete-adam "
-    "whole: 1 7 few ragged per-layer adaptive tied adam_bc adagrad blt banded_inverse recompute ledger "
-    "blocks: 3 few per-layer ragged exchanged: 7 few per-layer wide-flat wide-flat-told-by-some discrete "
-    "silent-replicas: 1 few adaptive blt discrete silent-exchanged: 1 few "
-    "silent-whole: 7 few rmsprop banded silent-blocks: 1 adam"
+    "replicas: 1 7 few ragged per-layer adaptive grouped tied-adagrad adam_bc rmsprop blt-adam_bc ledger "
+    "discrete-adam whole: 1 7 few ragged per-layer adaptive tied adagrad blt ledger blocks: 3 ragged "
+    "exchanged: 7 wide-flat-told-by-some discrete silent-replicas: 1 few adaptive blt discrete "
+    "silent-exchanged: 1 silent-whole: 7 few banded silent-blocks: 1"
 )
-FOUR = (
-    "replicas: 7 few wide-flat ledger whole: 7 few blt blocks: 3 "
-    "silent-replicas: 1 silent-whole: 7 blt silent-blocks: 1"
-)
-ONE = "whole: 7 few adam_bc blocks: 3 per-layer silent-whole: 7 few silent-blocks: 1"
+FOUR = "replicas: 7 wide-flat whole: 7 few blocks: 3 silent-replicas: 1 silent-whole: 7"
+ONE = "whole: 7 few blocks: 3 silent-whole: 7"
 
 
 def named(text: str) -> set[str]:
