@@ -214,7 +214,8 @@ PYTHON = [
         "if momentum else None,\n                key=noise.key,\n                stream=noise.stream,\n"
         "                step=noise.step,\n                start=piece.start,\n                noise_std=noise.std,",
         "if momentum else None,\n                key=noise.key,\n                stream=noise.stream,\n"
-        "                step=noise.step,\n                start=piece.start,\n                noise_std=0.98 * noise.std,",
+        "                step=noise.step,\n                start=piece.start,\n"
+        "                noise_std=0.98 * noise.std,",
         (SILENT_STEP,),
     ),
     Mutant(
