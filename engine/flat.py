@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from synthward.engine.distributed.exchange import copy_from_main
-from synthward.engine.distributed.hostmem import shared_zeros
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, PrivacyError
-from synthward.engine.sums import Buckets, FlatSums
+from synthward.engine.sums import Buckets, FlatSums, gatherer, new_sums
 
 if TYPE_CHECKING:
     from synthward.engine.capture import CaptureState
@@ -149,11 +148,6 @@ class Spans:
         """Where a parameter lies in memory."""
         return span.parameter.data_ptr()
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether forward and backward passes are exchanges of all ranks, who then have to go through the same ones."""
-        return False
-
     def watch(self, state: CaptureState) -> None:
         """Tell a capture what stands for a parameter in the forward pass, where it is not the parameter itself."""
 
@@ -184,14 +178,10 @@ class FlatParameters(Spans):
             span.parameter.data = view
             span.parameter.grad = None
         copy_from_main(self.ranks, [self.data, *module.buffers()])
-        # Where each rank leaves what it has updated for the others, if they can see it there.
-        self._board: Tensor | None = None
-        if self.ranks.world_size > 1 and self.device.type == "cpu":
-            board = shared_zeros(self.ranks, 1, self._buckets.length, torch.float32)
-            self._board = None if board is None else board[0]
+        self._gatherer = gatherer(self._buckets, self.device)
         self.note_places()
-        self._owned = [self._buckets.own(bucket) for bucket in range(len(self._buckets.bounds))]
-        self.own_size = sum(stop - start for start, stop in self._owned)
+        self._lengths = [stop - start for start, stop in self._buckets.owned]
+        self.own_size = sum(self._lengths)
         self.pieces = self._make_pieces()
         self.sums = self.new_sums(torch.float32)
 
@@ -203,11 +193,11 @@ class FlatParameters(Spans):
     def new_sums(self, dtype: torch.dtype) -> FlatSums:
         """Sums of all parameters, zero."""
         ranges = [(s.start, s.start + s.parameter.numel(), s.parameter.shape) for s in self.spans]
-        return FlatSums(ranges, self._buckets, self._owned, dtype, self.device)
+        return new_sums(ranges, self._buckets, dtype, self.device)
 
     def _make_pieces(self) -> list[Piece]:
         pieces, at = [], 0
-        for start, stop in self._owned:
+        for start, stop in self._buckets.owned:
             for group, (begin, end) in enumerate(self.group_ranges):
                 low, high = max(start, begin), min(stop, end)
                 if low < high:
@@ -217,12 +207,12 @@ class FlatParameters(Spans):
 
     def share(self) -> None:
         """Copy the parameters that each rank has updated to all others."""
-        self._buckets.gather(self.data, self._board)
+        self._gatherer.gather(self.data)
 
     def spread(self, own: Tensor) -> list[Tensor]:
         """A buffer over this rank's coordinates as a tensor for each parameter, whole (copies). All ranks take part."""
         flat = torch.zeros(self._buckets.length, dtype=own.dtype, device=own.device)
-        for (start, stop), part in zip(self._owned, torch.split(own, self._lengths()), strict=True):
+        for (start, stop), part in zip(self._buckets.owned, torch.split(own, self._lengths), strict=True):
             flat[start:stop] = part
         self._buckets.gather(flat)
         return [span.view(flat).clone() for span in self.spans]
@@ -233,7 +223,7 @@ class FlatParameters(Spans):
         for span, value in zip(self.spans, values, strict=True):
             if value is not None:
                 span.view(flat).copy_(value)
-        for (start, stop), part in zip(self._owned, torch.split(own, self._lengths()), strict=True):
+        for (start, stop), part in zip(self._buckets.owned, torch.split(own, self._lengths), strict=True):
             part.copy_(flat[start:stop])
 
     def released(self) -> list[Tensor]:
@@ -245,9 +235,6 @@ class FlatParameters(Spans):
         """Give a parameter another value, in place."""
         with torch.no_grad():
             span.parameter.copy_(value)
-
-    def _lengths(self) -> list[int]:
-        return [stop - start for start, stop in self._owned]
 
 
 def wrap_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Parameters:

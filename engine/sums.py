@@ -8,7 +8,7 @@ those of other buckets still form; in the same order on all ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from synthward.engine.distributed.hostmem import meet, shared_zeros
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import PrivacyError
 
+# First and last (exclusive) coordinate of a parameter, and its shape.
+Range: TypeAlias = tuple[int, int, torch.Size]
 # Buckets under way at once: each needs memory of its size on a CPU.
 _IN_FLIGHT = 3
 
@@ -61,6 +63,7 @@ class Buckets:
     Attributes:
         length: coordinates with padding, so that all slices of a bucket are of one length.
         bounds: first and last (exclusive) coordinate of each bucket.
+        owned: the same of this rank's slices, in the order of its own coordinates.
     """
 
     def __init__(self, size: int, ranks: Ranks, align: int) -> None:
@@ -70,6 +73,7 @@ class Buckets:
         step = min(max(self.length // 8, 1 << 18), 1 << 24)
         step = self.length if ranks.world_size == 1 else -(-step // unit) * unit
         self.bounds = [(start, min(start + step, self.length)) for start in range(0, self.length, step)]
+        self.owned = [self.own(bucket) for bucket in range(len(self.bounds))]
 
     def own(self, bucket: int) -> tuple[int, int]:
         """This rank's slice of a bucket, in coordinates of the whole buffer."""
@@ -77,19 +81,9 @@ class Buckets:
         length = (stop - start) // self.ranks.world_size
         return start + self.ranks.rank * length, start + (self.ranks.rank + 1) * length
 
-    def gather(self, flat: Tensor, board: Tensor | None = None) -> None:
-        """Copy what each rank owns of `flat` to all others; by way of `board`, as long, if all ranks see that one."""
+    def gather(self, flat: Tensor) -> None:
+        """Copy what each rank owns of `flat` to all others."""
         if self.ranks.world_size == 1:
-            return
-        if board is not None:
-            for bucket in range(len(self.bounds)):
-                low, high = self.own(bucket)
-                board[low:high] = flat[low:high]
-            meet(self.ranks)
-            for bucket, (start, stop) in enumerate(self.bounds):
-                low, high = self.own(bucket)
-                flat[start:low] = board[start:low]
-                flat[high:stop] = board[high:stop]
             return
         pending: list[Pending] = []
         for start, stop in self.bounds:
@@ -100,34 +94,56 @@ class Buckets:
             exchange.wait()
 
 
-class FlatSums:
-    """`Sums` of replicas: each rank holds the whole buffer.
+class Board:
+    """Memory in which the ranks of one machine leave what they own for the others."""
+
+    def __init__(self, buckets: Buckets, memory: Tensor) -> None:
+        self._buckets, self._memory = buckets, memory
+
+    def gather(self, flat: Tensor) -> None:
+        """Copy what each rank owns of `flat` to all others."""
+        for bucket in range(len(self._buckets.bounds)):
+            low, high = self._buckets.own(bucket)
+            self._memory[low:high] = flat[low:high]
+        meet(self._buckets.ranks)
+        for bucket, (start, stop) in enumerate(self._buckets.bounds):
+            low, high = self._buckets.own(bucket)
+            flat[start:low] = self._memory[start:low]
+            flat[high:stop] = self._memory[high:stop]
+
+
+def gatherer(buckets: Buckets, device: torch.device) -> Buckets | Board:
+    """What copies parameters to all ranks: by memory that they all see, where there is some."""
+    memory = _common_memory(buckets, 1, torch.float32, device)
+    return buckets if memory is None else Board(buckets, memory[0])
+
+
+def _common_memory(buckets: Buckets, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if buckets.ranks.world_size == 1 or device.type != "cpu":
+        return None
+    return shared_zeros(buckets.ranks, rows, buckets.length, dtype)
+
+
+def new_sums(ranges: Sequence[Range], buckets: Buckets, dtype: torch.dtype, device: torch.device) -> FlatSums:
+    """The sums of replicas, zero.
 
     Args:
         ranges: first and last (exclusive) coordinate of each parameter, and its shape.
-        owned: stretches of the buffer that this rank owns, in the order of its own coordinates.
     """
+    memory = _common_memory(buckets, buckets.ranks.world_size, dtype, device)
+    if memory is None:
+        return FlatSums(ranges, buckets, torch.zeros(buckets.length, dtype=dtype, device=device))
+    return HostSums(ranges, buckets, memory)
 
-    def __init__(
-        self,
-        ranges: Sequence[tuple[int, int, torch.Size]],
-        buckets: Buckets,
-        owned: Sequence[tuple[int, int]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.dtype, self.device = dtype, device
+
+class FlatSums:
+    """`Sums` of replicas: each rank holds the whole buffer `flat`."""
+
+    def __init__(self, ranges: Sequence[Range], buckets: Buckets, flat: Tensor) -> None:
+        self.flat, self.dtype, self.device = flat, flat.dtype, flat.device
         self.shapes = [shape for _, _, shape in ranges]
-        # The sums of all ranks [W, length], where they see each other's.
-        self._everybodys: Tensor | None = None
-        if buckets.ranks.world_size > 1 and device.type == "cpu":
-            self._everybodys = shared_zeros(buckets.ranks, buckets.ranks.world_size, buckets.length, dtype)
-        if self._everybodys is None:
-            self.flat = torch.zeros(buckets.length, dtype=dtype, device=device)
-        else:
-            self.flat = self._everybodys[buckets.ranks.rank]
         self._views = [self.flat[start:stop].view(shape) for start, stop, shape in ranges]
-        self._buckets, self._owned = buckets, list(owned)
+        self._buckets = buckets
         self._of_position = [
             [b for b, (low, high) in enumerate(buckets.bounds) if low < stop and start < high]
             for start, stop, _ in ranges
@@ -141,7 +157,7 @@ class FlatSums:
                 self._missing[bucket] += 1
         # Buckets are exchanged from the back, where the backward pass begins.
         self._next = len(self._buckets.bounds) - 1
-        self._is_last = False
+        self._is_last = self._is_complete = False
         self._pending: list[Pending] = []
 
     def __getitem__(self, position: int) -> Tensor:
@@ -158,10 +174,11 @@ class FlatSums:
             raise PrivacyError(
                 "a physical batch came after the one that was called the last of its step (is_last=True)"
             )
+        self._check_whole()
         self._is_last = is_last and self._buckets.ranks.world_size > 1
 
     def done(self, position: int) -> None:
-        if not self._is_last or self._everybodys is not None:
+        if not self._is_last:
             return
         for bucket in self._of_position[position]:
             self._missing[bucket] -= 1
@@ -174,13 +191,10 @@ class FlatSums:
     def complete(self) -> None:
         if self._buckets.ranks.world_size == 1:
             return
-        if self._everybodys is not None:
-            meet(self._buckets.ranks)
-            others = [r for r in range(len(self._everybodys)) if r != self._buckets.ranks.rank]
-            for low, high in self._owned:
-                for rank in others:
-                    self.flat[low:high] += self._everybodys[rank, low:high]
-            return
+        self._is_complete = True
+        self._reduce()
+
+    def _reduce(self) -> None:
         while self._next >= 0:
             self._start()
         for exchange in self._pending:
@@ -198,7 +212,7 @@ class FlatSums:
         self._next -= 1
 
     def own(self, at: int, length: int) -> Tensor:
-        for start, stop in self._owned:
+        for start, stop in self._buckets.owned:
             if at < stop - start:
                 assert at + length <= stop - start
                 return self.flat[start + at : start + at + length]
@@ -207,18 +221,7 @@ class FlatSums:
 
     def gather(self) -> None:
         """Copy what each rank owns to all others."""
-        if self._everybodys is None:
-            self._buckets.gather(self.flat)
-            return
-        meet(self._buckets.ranks)
-        size = self._buckets.ranks.world_size
-        for start, stop in self._buckets.bounds:
-            length = (stop - start) // size
-            for rank in range(size):
-                low = start + rank * length
-                self.flat[low : low + length] = self._everybodys[rank, low : low + length]
-        # Nobody writes to what others still copy.
-        meet(self._buckets.ranks)
+        self._buckets.gather(self.flat)
 
     def release(self) -> None:
         ranks = self._buckets.ranks
@@ -230,10 +233,45 @@ class FlatSums:
         self._forget()
 
     def drop(self) -> None:
-        if self._pending:
-            raise PrivacyError(
-                "a step was given up while its sums were on their way to other ranks; end all processes and resume "
-                "from the last checkpoint"
-            )
+        self._check_whole()
         self.flat.zero_()
         self._forget()
+
+    def _check_whole(self) -> None:
+        """What others have a part of, or may still read, is not given up by one rank."""
+        if self._pending or self._is_complete:
+            raise PrivacyError(
+                "a step was given up while its sums were with other ranks; end all processes and resume from the last "
+                "checkpoint"
+            )
+
+
+class HostSums(FlatSums):
+    """`Sums` of replicas on one machine, which see each other's: all of them, [W, length]."""
+
+    def __init__(self, ranges: Sequence[Range], buckets: Buckets, memory: Tensor) -> None:
+        super().__init__(ranges, buckets, memory[buckets.ranks.rank])
+        self._memory = memory
+
+    def done(self, position: int) -> None:
+        """Others read all of it when they have met."""
+
+    def _reduce(self) -> None:
+        ranks = self._buckets.ranks
+        meet(ranks)
+        for low, high in self._buckets.owned:
+            for rank in range(ranks.world_size):
+                if rank != ranks.rank:
+                    self.flat[low:high] += self._memory[rank, low:high]
+
+    def gather(self) -> None:
+        ranks = self._buckets.ranks
+        meet(ranks)
+        for start, stop in self._buckets.bounds:
+            length = (stop - start) // ranks.world_size
+            for rank in range(ranks.world_size):
+                if rank != ranks.rank:
+                    low = start + rank * length
+                    self.flat[low : low + length] = self._memory[rank, low : low + length]
+        # Nobody writes to what others still copy.
+        meet(ranks)

@@ -13,6 +13,7 @@ from synthward.engine.checkpoint import restore_tensors, trainer_tensors
 from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, check_ledger
 from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.distributed.sharded import ShardedParameters
 from synthward.engine.errors import (
     BudgetExceededError,
     CheckpointError,
@@ -143,7 +144,7 @@ class PrivateTrainer:
                     "the losses do not depend on any parameter through captured calls; run the forward "
                     "pass under `with trainer.capture():`"
                 )
-            if layout.num_units or self._step.flat.is_sharded:
+            if layout.num_units or isinstance(self._step.flat, ShardedParameters):
                 # What torch.autograd.grad left behind in the forward pass is no part of this one.
                 state.abandon()
                 state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)

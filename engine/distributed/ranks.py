@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,8 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 600.0
 # While rank 0 reads records and calibrates noise; whoever started the processes ends them all if it dies.
 _LONG = timedelta(days=7)
+# What gloo and NCCL say of a connection is a plain RuntimeError, as is a fault that has nothing to do with one.
+_OF_CONNECTIONS = re.compile(r"gloo|nccl|connection|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
 _LOST = (
     "another process of this run stopped or can not be reached; all of them end here. Steps since the last checkpoint "
     "are charged and lost"
@@ -186,6 +189,8 @@ class Ranks:
         except SynthwardError:
             raise
         except (dist.DistError, RuntimeError) as error:
+            if not (isinstance(error, dist.DistError) or _OF_CONNECTIONS.search(str(error))):
+                raise
             lost = RankLostError(_LOST)
             lost.is_told = not self._is_first_to_tell()
             raise lost from error

@@ -78,8 +78,9 @@ class ShardedParameters(Spans):
             span.parameter.grad = None
         self.device = _local(self.spans[0].parameter).device
         self.note_places()
+        self._lengths = [_local(span.parameter).numel() for span in self.spans]
+        self.own_size = sum(self._lengths)
         self.pieces = self._make_pieces()
-        self.own_size = sum(len(piece.param) for piece in self.pieces)
         self.sums = self.new_sums(torch.float32)
 
     def check_unchanged(self, *, allow_frozen: bool) -> None:
@@ -95,10 +96,6 @@ class ShardedParameters(Spans):
     def pointer(self, span: Span) -> int:
         return _local(span.parameter).data_ptr()
 
-    @property
-    def is_sharded(self) -> bool:
-        return True
-
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank. All ranks take part."""
         return bool(sum_over(self.ranks, torch.tensor(float(flag), device=self.device)))
@@ -109,14 +106,13 @@ class ShardedParameters(Spans):
     def new_sums(self, dtype: torch.dtype) -> ShardedSums:
         """Sums of all parameters, zero."""
         shapes = [span.parameter.shape for span in self.spans]
-        lengths = [_local(span.parameter).numel() for span in self.spans]
-        return ShardedSums(shapes, lengths, self._reducing, dtype, self.device)
+        return ShardedSums(shapes, self._lengths, self._reducing, dtype, self.device)
 
     def _make_pieces(self) -> list[Piece]:
         pieces, at = [], 0
         for span in self.spans:
             rows, width = _rows(span.parameter.shape)
-            first = min(self.ranks.rank * -(-rows // self.ranks.world_size), rows)
+            first, _ = _part(rows, self.ranks)
             param = _local(span.parameter).view(-1)
             if len(param):
                 pieces.append(Piece(span.group, span.start + first * width, at, param))
@@ -133,8 +129,7 @@ class ShardedParameters(Spans):
     def spread(self, own: Tensor, *, copy: bool = True) -> list[Tensor]:
         """A buffer over this rank's coordinates as a tensor for each parameter, spread as the parameter is."""
         found: list[Tensor] = []
-        lengths = [_local(span.parameter).numel() for span in self.spans]
-        for span, part in zip(self.spans, torch.split(own, lengths), strict=True):
+        for span, part in zip(self.spans, torch.split(own, self._lengths), strict=True):
             parameter = span.parameter
             assert isinstance(parameter, DTensor)
             local = part.view(_local(parameter).shape)
@@ -153,8 +148,7 @@ class ShardedParameters(Spans):
     def collect(self, values: Sequence[Tensor | None], own: Tensor) -> None:
         """Inverse of `spread`, into `own`; what is None is left at zero. Whole tensors are taken, too."""
         own.zero_()
-        lengths = [_local(span.parameter).numel() for span in self.spans]
-        for span, value, part in zip(self.spans, values, torch.split(own, lengths), strict=True):
+        for span, value, part in zip(self.spans, values, torch.split(own, self._lengths), strict=True):
             if value is not None:
                 part.copy_(self._rows_of(span, value).reshape(-1))
 
@@ -166,10 +160,8 @@ class ShardedParameters(Spans):
     def _rows_of(self, span: Span, value: Tensor) -> Tensor:
         if isinstance(value, DTensor):
             return value.to_local()
-        local = _local(span.parameter)
-        rows = span.parameter.shape[0]
-        first = min(self.ranks.rank * -(-rows // self.ranks.world_size), rows)
-        return value[first : first + local.shape[0]]
+        first, last = _part(span.parameter.shape[0], self.ranks)
+        return value[first:last]
 
 
 class ShardedSums:
@@ -201,7 +193,7 @@ class ShardedSums:
         rows, width = _rows(self.shapes[position])
         if position not in self._whole:
             # Rows of padding, so that all ranks have as many.
-            padded = -(-rows // self._ranks.world_size) * self._ranks.world_size
+            padded = _rows_each(rows, self._ranks) * self._ranks.world_size
             self._whole[position] = torch.zeros(padded * width, dtype=self.dtype, device=self.device)
         return self._whole[position][: rows * width].view(self.shapes[position])
 
@@ -324,6 +316,17 @@ def _rows(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
 
 
+def _rows_each(rows: int, ranks: Ranks) -> int:
+    """Rows that a rank has, but for the last ones; as torch.chunk divides them."""
+    return -(-rows // ranks.world_size)
+
+
+def _part(rows: int, ranks: Ranks) -> tuple[int, int]:
+    """First and last (exclusive) row of this rank."""
+    each = _rows_each(rows, ranks)
+    return min(ranks.rank * each, rows), min((ranks.rank + 1) * each, rows)
+
+
 def _local(parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
     # Of the parameter itself, not of a copy: to_local of what needs no gradient is a view.
@@ -340,13 +343,12 @@ def _check_placement(span: Span, ranks: Ranks) -> None:
     mesh = parameter.device_mesh
     local = _local(parameter)
     rows, width = _rows(parameter.shape) if parameter.dim() else (0, 0)
-    each = -(-rows // ranks.world_size)
-    expected = max(0, min(each, rows - ranks.rank * each)) * width
+    first, last = _part(rows, ranks)
     if (
         mesh.ndim != 1
         or mesh.size() != ranks.world_size
         or tuple(parameter.placements) != (Shard(0),)
-        or local.numel() != expected
+        or local.numel() != (last - first) * width
         or not local.is_contiguous()
     ):
         raise UnsupportedOperationError(

@@ -22,7 +22,7 @@ from synthward.engine.rules.conv import ConvUse
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
 from synthward.engine.rules.uses import BlockOuterUse, OuterUse, Use, planned_device
 from synthward.engine.step import make_groups
-from synthward.engine.sums import Buckets, FlatSums
+from synthward.engine.sums import Buckets, FlatSums, new_sums
 
 # Phases of the meter. What is made in the forward pass waits for the backward pass; what is made in that waits for the
 # clip factors, or is gone at once.
@@ -256,8 +256,7 @@ def _sums_of(parameters: list[nn.Parameter]) -> FlatSums:
     for parameter in parameters:
         ranges.append((at, at + parameter.numel(), parameter.shape))
         at += parameter.numel()
-    buckets = Buckets(at, Ranks.alone(), 1)
-    return FlatSums(ranges, buckets, [buckets.own(0)], torch.float32, torch.device("cpu"))
+    return new_sums(ranges, Buckets(at, Ranks.alone(), 1), torch.float32, torch.device("cpu"))
 
 
 def _autocast(setting: Setting) -> torch.autocast | nullcontext[None]:

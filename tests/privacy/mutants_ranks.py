@@ -26,7 +26,7 @@ RANKS = [
     Mutant(
         "sums of replicas are not added up",
         "engine/sums.py",
-        "self.flat[low:high] += self._everybodys[rank, low:high]",
+        "self.flat[low:high] += self._memory[rank, low:high]",
         "pass",
         (LOOP + "[2-replicas]",),
     ),
