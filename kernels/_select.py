@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from synthward import _C
 
@@ -49,6 +50,9 @@ def choose(
     if backend == "reference":
         return "reference"
     if any(t is not None and is_shape(t) for t in tensors):
+        if get_proxy_mode() is not None:
+            # It would be missing from the graph, and nobody would know. Noise above all: a replay would repeat it.
+            raise NotImplementedError("this operation can not be part of a traced step")
         return "shapes"
     if backend == "triton":
         _demand_triton(inputs, written, triton, further)

@@ -18,6 +18,7 @@ from torch.library import custom_op
 
 from synthward import kernels
 from synthward.kernels._select import Backend
+from synthward.kernels.conv.shape import ConvShape
 from synthward.kernels.outer.dense import Method
 
 
@@ -52,10 +53,121 @@ def outer_norms(
     sq_norms: Tensor,
     row_sums: Tensor,
     method: str,
+    with_bias: bool = False,
     backend: str = "auto",
 ) -> None:
-    who, way = cast(Backend, backend), cast(Method, method)
-    kernels.outer_norms(activations, output_grads, offsets, sq_norms, row_sums, method=way, backend=who)
+    kernels.outer_norms(
+        *(activations, output_grads, offsets, sq_norms, row_sums),
+        method=cast(Method, method),
+        with_bias=with_bias,
+        backend=cast(Backend, backend),
+    )
+
+
+@custom_op("synthward::outer_unit_grads", mutates_args=())
+def outer_unit_grads(
+    activations: Tensor, output_grads: Tensor, offsets: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.outer_unit_grads(activations, output_grads, offsets, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::scale_rows", mutates_args=())
+def scale_rows(rows: Tensor, row_weights: Tensor, backend: str = "auto") -> Tensor:
+    return kernels.scale_rows(rows, row_weights, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::product", mutates_args=())
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool = False, backend: str = "auto"
+) -> Tensor:
+    return kernels.product(x, weight, bias, is_transposed=is_transposed, backend=cast(Backend, backend))
+
+
+@custom_op("synthward::conv_norms", mutates_args=("sq_norms", "row_sums"))
+def conv_norms(
+    shape: list[int],
+    images: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    sq_norms: Tensor,
+    row_sums: Tensor,
+    order: Tensor | None = None,
+    method: str = "tile",
+    backend: str = "auto",
+) -> None:
+    kernels.conv_norms(
+        *(ConvShape.from_numbers(shape), images, output_grads, offsets, sq_norms, row_sums),
+        order=order,
+        method=cast(Method, method),
+        backend=cast(Backend, backend),
+    )
+
+
+@custom_op("synthward::conv_unit_grads", mutates_args=())
+def conv_unit_grads(
+    shape: list[int],
+    images: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    sizes, who = ConvShape.from_numbers(shape), cast(Backend, backend)
+    return kernels.conv_unit_grads(sizes, images, output_grads, offsets, order=order, backend=who)
+
+
+@custom_op("synthward::conv_sum", mutates_args=("out",))
+def conv_sum(
+    shape: list[int],
+    images: Tensor,
+    output_grads: Tensor,
+    row_weights: Tensor,
+    out: Tensor,
+    backend: str = "auto",
+) -> None:
+    sizes, who = ConvShape.from_numbers(shape), cast(Backend, backend)
+    kernels.conv_sum(sizes, images, output_grads, row_weights, out=out, backend=who)
+
+
+@custom_op("synthward::layer_norm_backward", mutates_args=("dx", "scale", "bias"))
+def layer_norm_backward(
+    x: Tensor,
+    output_grads: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor | None,
+    order: Tensor | None,
+    dx: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    backend: str = "auto",
+) -> None:
+    kernels.layer_norm_backward(
+        *(x, output_grads, mean, rstd, weight, offsets),
+        order=order,
+        dx=dx,
+        scale=scale,
+        bias=bias,
+        backend=cast(Backend, backend),
+    )
+
+
+@custom_op("synthward::group_norm_backward", mutates_args=("dx", "scale", "bias"))
+def group_norm_backward(
+    x: Tensor,
+    output_grads: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    dx: Tensor | None,
+    backend: str = "auto",
+) -> None:
+    kernels.group_norm_backward(
+        x, output_grads, mean, rstd, weight, scale=scale, bias=bias, dx=dx, backend=cast(Backend, backend)
+    )
 
 
 @custom_op("synthward::outer_sum", mutates_args=("out", "bias"))
@@ -228,6 +340,41 @@ def _(
     return torch.empty_like(sq_norms)
 
 
+@outer_unit_grads.register_fake
+def _(
+    activations: Tensor, output_grads: Tensor, offsets: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    units = len(offsets) - 1
+    numel = activations.shape[1] * output_grads.shape[1]
+    grads = torch.empty(units, numel, dtype=torch.float32, device=activations.device)
+    return grads, grads.new_empty(units), grads.new_empty(units)
+
+
+@scale_rows.register_fake
+def _(rows: Tensor, row_weights: Tensor, backend: str = "auto") -> Tensor:
+    return torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+@product.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool = False, backend: str = "auto"
+) -> Tensor:
+    return x.new_empty(len(x), weight.shape[0 if is_transposed else 1])
+
+
+@conv_unit_grads.register_fake
+def _(
+    shape: list[int],
+    images: Tensor,
+    output_grads: Tensor,
+    offsets: Tensor,
+    order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    numel = ConvShape.from_numbers(shape).numel
+    return torch.empty(len(offsets) - 1, numel, dtype=torch.float32, device=images.device)
+
+
 def _writes_only(*_inputs: object, **_options: object) -> None:
     """All that a trace needs to know of an operation that returns nothing."""
 
@@ -235,6 +382,7 @@ def _writes_only(*_inputs: object, **_options: object) -> None:
 for _operation in (
     *(outer_sq_norms, outer_weighted_sum, outer_norms, outer_sum),
     *(diagonal_sq_norms, diagonal_weighted_sum, scatter_sq_norms, scatter_weighted_sum),
+    *(conv_norms, conv_sum, layer_norm_backward, group_norm_backward),
     *(add_gaussian_noise_, discrete_release_, noisy_adam_, noisy_sgd_),
 ):
     _operation.register_fake(_writes_only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Axes = tuple[int, int, int]
@@ -63,3 +64,10 @@ class ConvShape:
         """As the compiled kernels take it."""
         axes = (self.size, self.kernel, self.stride, self.padding, self.dilation, self.out)
         return [self.groups, self.channels, self.outputs, *(n for axis in axes for n in axis)]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> ConvShape:
+        """Inverse of `numbers`."""
+        groups, channels, outputs = numbers[:3]
+        axes = [(numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(3, len(numbers), 3)]
+        return cls(groups, channels, outputs, *axes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from synthward import kernels
-from synthward.kernels import ops
+from synthward.kernels import ConvShape, ops
 from tests.kernels.cases import generator, matrix
 
 KEY = torch.arange(32, dtype=torch.uint8)
@@ -24,6 +24,10 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
+CONV = ConvShape(1, 2, 3, (1, 1, 5), (1, 1, 3), (1, 1, 1), (0, 0, 0), (1, 1, 1), (1, 1, 3)).numbers()
+IMAGES, MAPS = matrix(6, 10, 3), matrix(6, 9, 4)
+CUBE = matrix(6, 12, 5).view(6, 4, 3)
+NORMED = (zeros(6, 7), zeros(4, 7), zeros(4, 7))
 NOISE = (KEY, 1, 5, 3, 0.7)
 CALLS = {
     "outer_sq_norms": (A, G, OFFSETS, zeros(4)),
@@ -31,6 +35,17 @@ CALLS = {
     "rank1_norms": (A, G, zeros(6), zeros(6)),
     "outer_norms": (A, G, OFFSETS, zeros(4), zeros(4), "gram"),
     "outer_sum": (A, G, WEIGHTS, zeros(7, 5), zeros(7)),
+    "outer_unit_grads": (A, G, OFFSETS),
+    "scale_rows": (G, WEIGHTS),
+    "product": (A, G[:5], None, False),
+    "conv_norms": (CONV, IMAGES, MAPS, OFFSETS, zeros(4), zeros(4), None, "tile"),
+    "conv_unit_grads": (CONV, IMAGES, MAPS, OFFSETS),
+    "conv_sum": (CONV, IMAGES, MAPS, WEIGHTS, zeros(3 * 3 * 2)),
+    "layer_norm_backward": (G, G.flip(0), G[:, 0], G[:, 1].abs(), G[0], OFFSETS, None, *NORMED),
+    "group_norm_backward": (
+        *(CUBE, CUBE.flip(0), A[:, :2], A[:, 1:3].abs(), A[0, :4]),
+        *(zeros(6, 4), zeros(6, 4), torch.zeros_like(CUBE)),
+    ),
     "diagonal_sq_norms": (G, OFFSETS, G.flip(0), zeros(4)),
     "diagonal_weighted_sum": (G, WEIGHTS, None, zeros(7)),
     "scatter_sq_norms": (IDS, G, None, zeros(6)),
