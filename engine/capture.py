@@ -23,7 +23,6 @@ from synthward.engine.errors import PrivacyError, UnsupportedOperationError
 from synthward.engine.picking import picks_rows
 from synthward.engine.products import Products
 from synthward.engine.provenance import Derived, Provenance, Target, tensors_in
-from synthward.engine.scratch import Workspace
 from synthward.engine.writes import written
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ class CaptureState:
         # anchor alone.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.anchor_grad = torch.zeros((), device=device)
-        self.workspace = Workspace(device)
         self.provenance = Provenance()
         self.forward = 0
         # The batch of the backward pass to come, if known by then: of every forward pass, or of one.
@@ -102,6 +100,8 @@ class CaptureState:
         self._pass: Contributions | None = None
         self._probed: Callable[[Kept], None] | None = None
         self._is_recomputing = False
+        # Whether a forward pass had activation checkpoints.
+        self.has_checkpoint = False
         self._is_spoilt = False
         self._task = -1
 
@@ -229,6 +229,7 @@ class CaptureState:
             return
         frame = inspect.getclosurevars(pack).nonlocals.get("frame")
         original = getattr(frame, "recompute_fn", None)
+        self.has_checkpoint = True
         if frame is None or not callable(original):
             raise UnsupportedOperationError(
                 "activation checkpointing: this version of torch is not known to the engine; switch it off"

@@ -49,9 +49,11 @@ class IndependenceProbe:
         weights_of: Callable[[int], Tensor | Sequence[Tensor]],
         layout: Layout,
         others: Sequence[Tensor] = (),
+        *,
+        is_due: bool = False,
     ) -> None:
-        """Probe if the pattern of calls is due; `weights_of` gives the weights of `outputs` that pick one
-        unit's. `others` are outputs that have no rows of units, such as a mean loss beside the logits.
+        """Probe if the pattern of calls is due (or the caller says so); `weights_of` gives the weights of `outputs`
+        that pick one unit's. `others` are outputs that have no rows of units, such as a mean loss beside the logits.
 
         Raises:
             UnsupportedOperationError: another unit's rows took part in a unit's loss, or a captured call takes part
@@ -61,7 +63,7 @@ class IndependenceProbe:
         pattern, count = self._count(layout) if can_show else (None, 1)
         # Powers of two: a path that a gate of zeros (or a rate of zero) closes at first may open at any time.
         is_due = can_show and (
-            count & (count - 1) == 0 or (count <= _ATTEMPTS and pattern not in self._shown)
+            is_due or count & (count - 1) == 0 or (count <= _ATTEMPTS and pattern not in self._shown)
         )
         is_wanted = is_due or (can_show and self._state.is_arranged)
         if not (is_wanted if self._any_rank is None else self._any_rank(is_wanted)):

@@ -149,6 +149,10 @@ class Layout:
                     self._row_units = torch.empty_like(in_order).index_copy_(0, self.order, in_order)
         return self._row_units
 
+    def tensors(self) -> list[Tensor]:
+        """What describes the rows, as far as it is a tensor."""
+        return [tensor for tensor in (self.offsets, self.order) if tensor is not None]
+
     def sort_rows(self, rows: Tensor) -> Tensor:
         """Rows [num_rows, ...] in unit order."""
         return rows if self.order is None else rows.index_select(0, self.order)

@@ -20,7 +20,7 @@ from synthward.engine.flat import Parameters
 from synthward.engine.keys import KeySchedule
 from synthward.engine.optim import Noise
 from synthward.engine.spec import ClipSpec, NoiseSpec
-from synthward.kernels import Correlation, discrete_release_, gaussian_noise
+from synthward.kernels import Correlation, discrete_release_, gaussian_noise, is_tracing
 
 # Noise streams of training steps: one per object that draws from the same key schedule.
 _FIRST_STREAM = 1
@@ -63,6 +63,11 @@ class NoiseSource:
             raise PrivacyError(
                 "this process is a fork of the one that made the training step, and would repeat its noise; wrap "
                 "module and optimizer after the fork"
+            )
+        if is_tracing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            raise PrivacyError(
+                "a step is being recorded (a trace, or a CUDA graph): each replay would add the same noise again. "
+                "Record the passes alone (`PrivateTrainer.compile`), and end steps outside of it"
             )
         if self._is_open and self._strategy is not None:
             raise PrivacyError(

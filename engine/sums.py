@@ -8,6 +8,7 @@ those of other buckets still form; in the same order on all ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
 import torch
@@ -142,8 +143,8 @@ class FlatSums:
     def __init__(self, ranges: Sequence[Range], buckets: Buckets, flat: Tensor) -> None:
         self.flat, self.dtype, self.device = flat, flat.dtype, flat.device
         self.shapes = [shape for _, _, shape in ranges]
-        self._views = [self.flat[start:stop].view(shape) for start, stop, shape in ranges]
-        self._buckets = buckets
+        self._ranges, self._buckets = ranges, buckets
+        self._views = self._views_of(flat)
         self._of_position = [
             [b for b, (low, high) in enumerate(buckets.bounds) if low < stop and start < high]
             for start, stop, _ in ranges
@@ -159,6 +160,18 @@ class FlatSums:
         self._next = len(self._buckets.bounds) - 1
         self._is_last = self._is_complete = False
         self._pending: list[Pending] = []
+
+    def _views_of(self, flat: Tensor) -> list[Tensor]:
+        return [flat[start:stop].view(shape) for start, stop, shape in self._ranges]
+
+    @contextmanager
+    def traced(self, flat: Tensor) -> Iterator[None]:
+        """Inside, sums are added up in `flat`, which stands for this buffer in a graph."""
+        before, self._views = self._views, self._views_of(flat)
+        try:
+            yield
+        finally:
+            self._views = before
 
     def __getitem__(self, position: int) -> Tensor:
         return self._views[position]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
+from synthward.engine.compiled import CompiledPass
 from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, check_ledger
 from synthward.engine.distributed.ranks import Ranks
@@ -20,6 +21,7 @@ from synthward.engine.errors import (
     ConfigError,
     LedgerError,
     PrivacyError,
+    UnsupportedOperationError,
 )
 from synthward.engine.keys import KeySchedule
 from synthward.engine.layout import Layout
@@ -132,6 +134,71 @@ class PrivateTrainer:
             UnsupportedOperationError: units mix, or rows do not fit the units.
             PrivacyError: the losses do not depend on a captured parameter.
         """
+        self._pass(losses, rows_per_unit, offsets, unit_mask, loss_scale, is_last)
+
+    def compile(
+        self,
+        losses_of: Callable[..., Tensor],
+        *,
+        rows_per_unit: int = 1,
+        loss_scale: float = 1.0,
+        fuse: bool = False,
+    ) -> CompiledPass:
+        """Record passes over batches of static shape and run them without Python: on a GPU as CUDA graphs.
+
+        ::
+
+            run = trainer.compile(lambda x, y: loss_of_each_unit(module(x), y))
+            losses = run(x, y, unit_mask=mask)                   # in place of capture and backward
+            trainer.apply()
+
+        The first passes, and ever more rarely later ones, run as they are; see `CompiledPass`. Noise and update are not
+        recorded: a replay would repeat the noise.
+
+        Args:
+            losses_of: of a batch of tensors gives the loss of each unit [U]. It reads the batch and the module alone.
+            rows_per_unit, loss_scale: as of `backward`.
+            fuse: let `torch.compile` fuse what lies between the kernels. Rounding may differ from that of a pass as it
+                is, by what fused arithmetic rounds less often.
+
+        Raises:
+            ConfigError: adaptive clipping, keep="recompute" or sharded parameters, which have to look at numbers or
+                exchange some in each pass.
+        """
+        if self._step.quantile is not None:
+            raise ConfigError("compile: the bound of adaptive clipping moves; use flat or per-layer clipping")
+        if self.perf.keep == "recompute":
+            raise ConfigError("compile: keep='recompute' compares two passes in each step; use keep='full'")
+        if isinstance(self._step.flat, ShardedParameters):
+            raise ConfigError("compile: sharded parameters are exchanged in each pass; use replicas")
+
+        def as_it_is(batch: tuple[Tensor, ...], mask: Tensor | None, is_last: bool) -> Tensor:
+            with self.capture():
+                losses = losses_of(*batch)
+            if self._step.state.is_arranged:
+                raise UnsupportedOperationError(
+                    "compile: rows are picked by what the data say, so that each pass has to be looked at for units "
+                    "that mix; use capture and backward"
+                )
+            self._pass(losses, rows_per_unit, None, mask, loss_scale, is_last, is_due=True)
+            return losses.detach()
+
+        return CompiledPass(
+            self._step, losses_of, as_it_is, rows_per_unit=rows_per_unit, loss_scale=loss_scale, fuse=fuse
+        )
+
+    def _pass(
+        self,
+        losses: Tensor,
+        rows_per_unit: int | None,
+        offsets: Tensor | None,
+        unit_mask: Tensor | None,
+        loss_scale: float,
+        is_last: bool,
+        *,
+        is_due: bool = False,
+    ) -> None:
+        """One backward pass; `is_due`: it is looked at for units that mix, whatever came before."""
         state = self._step.state
         layout = self._layout(losses, rows_per_unit, offsets)
         if unit_mask is not None and (unit_mask.dtype != torch.bool or unit_mask.shape != losses.shape):
@@ -148,7 +215,7 @@ class PrivateTrainer:
                 # What torch.autograd.grad left behind in the forward pass is no part of this one.
                 state.abandon()
                 state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)
-                self._probe.check(losses, _unit_weights(losses), layout)
+                self._probe.check(losses, _unit_weights(losses), layout, is_due=is_due)
                 self._backward(losses, loss_scale)
             else:
                 self._step.finish(None)

@@ -75,7 +75,9 @@ def is_shape(tensor: Tensor) -> bool:
 
 
 def uses_triton(*inputs: Tensor | None) -> bool:
-    """Whether `auto` runs the Triton kernel of an operation that has one."""
+    """Whether `auto` runs the Triton kernel of an operation that has one, or would on tensors with numbers."""
+    if any(t is not None and is_shape(t) for t in inputs):
+        return _fits_triton(inputs, (), "cuda", ()) and _triton_found()
     return choose("auto", *inputs) == "triton"
 
 

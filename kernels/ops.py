@@ -327,10 +327,23 @@ def noisy_sgd_(
     )
 
 
+@custom_op("synthward::new_output", mutates_args=())
+def new_output(shape: list[int], dtype: torch.dtype, device: torch.device, is_zero: bool) -> Tensor:
+    """Memory for an output of another operation. For compilers that take torch's own empty and zero tensors for
+    constants, and forget that something was written into them."""
+    make = torch.zeros if is_zero else torch.empty
+    return make(shape, dtype=dtype, device=device)
+
+
 def _bytes(key: Tensor) -> bytes:
     if key.dtype != torch.uint8 or key.device.type != "cpu":
         raise TypeError(f"key: got {key.dtype} on {key.device}, expected torch.uint8 in CPU memory")
     return bytes(key.tolist())
+
+
+@new_output.register_fake
+def _(shape: list[int], dtype: torch.dtype, device: torch.device, is_zero: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @rank1_norms.register_fake

@@ -23,6 +23,7 @@ from synthward.kernels import (
     diagonal_sq_norms,
     diagonal_weighted_sum,
     is_shape,
+    is_tracing,
     outer_norms,
     outer_sq_norms,
     outer_sum,
@@ -74,7 +75,8 @@ def is_compiled(*tensors: Tensor) -> bool:
 
 
 def _place(tensor: Tensor) -> str:
-    return planned_device.get() if is_shape(tensor) else tensor.device.type
+    is_planned = is_shape(tensor) and not is_tracing()
+    return planned_device.get() if is_planned else tensor.device.type
 
 
 class Weights:
@@ -470,13 +472,12 @@ def add_cross_term(
     look-up: the one term that a sum of two norms lacks.
     """
     units = outer_layout.num_units
-    g, a = (
-        outer_layout.unit_rows(outer.output_grads, 0, units).float(),
-        outer_layout.unit_rows(outer.activations, 0, units).float(),
-    )
+    # Of the wide one only what is picked is converted.
+    g = outer_layout.unit_rows(outer.output_grads, 0, units)
+    a = outer_layout.unit_rows(outer.activations, 0, units).float()
     e = scatter_layout.unit_rows(scatter.output_grads, 0, units).float()
     ids = scatter_layout.unit_rows(scatter.ids, 0, units, fill=-1)
-    picked = torch.gather(g, 2, ids.clamp_min(0).unsqueeze(1).expand(-1, g.shape[1], -1))
+    picked = torch.gather(g, 2, ids.clamp_min(0).unsqueeze(1).expand(-1, g.shape[1], -1)).float()
     picked = torch.where((ids >= 0).unsqueeze(1), picked, torch.zeros_like(picked))
     # What underflow may take from an inner product counts as if it were there.
     lost = picked.abs() * (a.shape[2] * SMALLEST_NORMAL)

@@ -37,6 +37,7 @@ CALLS = {
     "outer_sum": (A, G, WEIGHTS, zeros(7, 5), zeros(7)),
     "outer_unit_grads": (A, G, OFFSETS),
     "scale_rows": (G, WEIGHTS),
+    "new_output": ([2, 3], torch.float32, torch.device("cpu"), True),
     "product": (A, G[:5], None, False),
     "conv_norms": (CONV, IMAGES, MAPS, OFFSETS, zeros(4), zeros(4), None, "tile"),
     "conv_unit_grads": (CONV, IMAGES, MAPS, OFFSETS),
@@ -80,7 +81,8 @@ def test_every_op_is_called_here():
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_an_op_does_what_it_declares(name, backend):
     arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in CALLS[name])
-    opcheck(getattr(torch.ops.synthward, name).default, arguments, {"backend": backend})
+    options = {} if name == "new_output" else {"backend": backend}
+    opcheck(getattr(torch.ops.synthward, name).default, arguments, options)
 
 
 def private_step(

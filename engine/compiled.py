@@ -1,0 +1,184 @@
+"""Passes over physical batches of static shape as recorded graphs: no Python between kernels, CUDA graphs on GPUs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synthward.engine.errors import ConfigError
+from synthward.engine.fusing import fused
+from synthward.engine.layout import Layout
+from synthward.engine.precision import exact_products
+from synthward.engine.step import DPStep
+from synthward.engine.tracing import LossesOf, TracedPass, trace_pass
+
+logger = logging.getLogger("synthward")
+# Recorded passes at once; each has memory of its own on a GPU.
+_MOST_SHAPES = 8
+
+# Takes a batch and its mask, runs the pass as it is and looks at it: whether units mix, and what the engine refuses.
+RunAsItIs = Callable[[tuple[Tensor, ...], Tensor | None, bool], Tensor]
+Run = Callable[..., Tensor]
+
+
+@dataclass
+class _Recorded:
+    """What is known of batches of one form."""
+
+    calls: int = 0
+    traced: TracedPass | None = None
+    run: Run | None = None
+    graph: _CudaGraph | None = None
+
+
+class CompiledPass:
+    """What `PrivateTrainer.compile` returns: ``run(*batch, unit_mask=None, is_last=False)`` gives losses [U], detached,
+    and adds the batch's clipped gradients to the step, as `capture` and `backward` do.
+
+    The first two passes over batches of a form (shapes, dtypes, device, autocast, training mode), and the 4th, 8th,
+    16th, ... are run as they are and looked at. The third is traced by its shapes; from then on the recorded operations
+    run, on a GPU as one CUDA graph from the second time on. What the losses compute in Python is that of the trace.
+
+    Guarantees: the same units, norms, factors and sums as of the pass that was traced, with all its checks; no noise
+        is recorded: it comes with `apply`, once a step.
+    """
+
+    def __init__(
+        self,
+        step: DPStep,
+        losses_of: LossesOf,
+        as_it_is: RunAsItIs,
+        *,
+        rows_per_unit: int,
+        loss_scale: float,
+        fuse: bool,
+    ) -> None:
+        self._step, self._losses_of, self._as_it_is = step, losses_of, as_it_is
+        self._rows_per_unit, self._scale, self._fuse = rows_per_unit, 1.0 / loss_scale, fuse
+        self._recorded: dict[Any, _Recorded] = {}
+        self._has_warned = False
+
+    def __call__(self, *batch: Tensor, unit_mask: Tensor | None = None, is_last: bool = False) -> Tensor:
+        """One pass.
+
+        Raises:
+            ConfigError: an argument that is no tensor. Otherwise as `PrivateTrainer.backward`.
+        """
+        for place, value in enumerate(batch):
+            if not isinstance(value, Tensor):
+                raise ConfigError(
+                    f"compile: argument {place} is a {type(value).__name__}; give tensors only, whatever changes from "
+                    "batch to batch"
+                )
+        recorded = self._of(batch)
+        if recorded is None:
+            return self._as_it_is(batch, unit_mask, is_last)
+        recorded.calls += 1
+        # Powers of two, as passes are probed: a path that a gate closes at first may open at any time.
+        if recorded.calls & (recorded.calls - 1) == 0:
+            return self._as_it_is(batch, unit_mask, is_last)
+        try:
+            return self._replay(recorded, batch, unit_mask, is_last)
+        except BaseException:
+            self._step.discard()
+            raise
+
+    def _of(self, batch: tuple[Tensor, ...]) -> _Recorded | None:
+        device, module = self._step.flat.device.type, self._step.module
+        key = (
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in batch),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            tuple(layer.training for layer in module.modules()),
+            tuple((id(p), p.requires_grad) for p in module.parameters()),
+            tuple(map(id, module.buffers())),
+        )
+        if key not in self._recorded:
+            if len(self._recorded) >= _MOST_SHAPES:
+                if not self._has_warned:
+                    logger.warning(
+                        "compile: batches of more than %d forms; further ones run as they are. Pad physical batches to "
+                        "one shape",
+                        _MOST_SHAPES,
+                    )
+                self._has_warned = True
+                return None
+            self._recorded[key] = _Recorded()
+        return self._recorded[key]
+
+    def _replay(
+        self, recorded: _Recorded, batch: tuple[Tensor, ...], unit_mask: Tensor | None, is_last: bool
+    ) -> Tensor:
+        step = self._step
+        units = self._units(batch)
+        mask = self._mask(unit_mask, units)
+        step.flat.check_unchanged(allow_frozen=True)
+        step.flat.check_in_place()
+        # Forward pass and norms are one graph: both without TF32.
+        with exact_products():
+            if recorded.traced is None:
+                self._record(recorded, batch, mask, units)
+            assert recorded.traced is not None and recorded.run is not None
+            constants = recorded.traced.constants
+            step.sums.begin_pass(is_last=is_last)
+            step.has_sum = True
+            with torch.no_grad():
+                if recorded.graph is None and recorded.calls > 3 and step.flat.device.type == "cuda":
+                    recorded.graph = _CudaGraph(recorded.run, constants, step.sums.flat, mask, batch)
+                if recorded.graph is not None:
+                    losses = recorded.graph.replay(mask, batch)
+                else:
+                    losses = recorded.run(*constants, step.sums.flat, mask, *batch)
+        for position in range(len(step.sums.shapes)):
+            step.sums.done(position)
+        step.sums.end_pass()
+        if step.discrete is not None:
+            step.discrete.count(units, recorded.traced.most_rows)
+        return losses
+
+    def _units(self, batch: tuple[Tensor, ...]) -> int:
+        rows = len(batch[0])
+        if rows % self._rows_per_unit:
+            raise ConfigError(f"compile: {rows} rows are not {self._rows_per_unit} for each unit")
+        return rows // self._rows_per_unit
+
+    def _mask(self, unit_mask: Tensor | None, units: int) -> Tensor:
+        if unit_mask is None:
+            return torch.ones(units, dtype=torch.bool, device=self._step.flat.device)
+        if unit_mask.dtype != torch.bool or unit_mask.shape != (units,):
+            raise ConfigError(f"unit_mask: expected bool [{units}]")
+        return unit_mask.to(self._step.flat.device, non_blocking=True)
+
+    def _record(self, recorded: _Recorded, batch: tuple[Tensor, ...], mask: Tensor, units: int) -> None:
+        step = self._step
+        layout = Layout.uniform(units, self._rows_per_unit, step.flat.device)
+        recorded.traced = trace_pass(step, self._losses_of, layout, batch, mask, self._scale)
+        recorded.run = recorded.traced.graph
+        if self._fuse:
+            given = (*recorded.traced.constants, step.sums.flat, mask, *batch)
+            recorded.run = fused(recorded.traced.graph, given, len(recorded.traced.constants))
+
+
+class _CudaGraph:
+    """A run captured in a CUDA graph, with its own copies of the batch."""
+
+    def __init__(
+        self, run: Run, constants: list[Tensor], flat: Tensor, mask: Tensor, batch: tuple[Tensor, ...]
+    ) -> None:
+        self._inputs = [torch.empty_like(tensor, device=flat.device) for tensor in (mask, *batch)]
+        # The graph has their addresses.
+        self._held = (constants, flat)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (those that pin memory) may go on.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._losses = run(*constants, flat, *self._inputs)
+
+    def replay(self, mask: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        for own, given in zip(self._inputs, (mask, *batch), strict=True):
+            own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return self._losses.clone()

@@ -1,0 +1,201 @@
+"""The pass over one physical batch as a graph of tensor operations: forward, backward, norms, clip and weighted sums.
+
+The engine's own Python (capture, provenance, planning) runs once, on tensors that have shapes and no numbers, with all
+its checks. What is left is a `torch.fx` graph: nothing in it can look at a number, so it takes the same operations for
+any batch of those shapes, and no record was read to make it. Noise is never in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from synthward.engine.capture import Batch
+from synthward.engine.errors import UnsupportedOperationError
+from synthward.engine.layout import Layout
+from synthward.engine.rows import named_tensors
+from synthward.engine.step import DPStep
+from synthward.engine.sums import FlatSums
+
+LossesOf = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class TracedPass:
+    """``graph(*constants, flat sums, unit mask, *batch)`` adds a batch's clipped sums to `flat` and returns its losses.
+
+    Attributes:
+        graph: the operations.
+        constants: what they read beside the batch: parameters, buffers, and tensors of the engine's own.
+        most_rows: rows of the longest use, for the bound on rounding of discrete sums.
+    """
+
+    graph: GraphModule
+    constants: list[Tensor]
+    most_rows: int
+
+
+def trace_pass(
+    step: DPStep, losses_of: LossesOf, layout: Layout, batch: tuple[Tensor, ...], mask: Tensor, scale: float
+) -> TracedPass:
+    """Trace ``losses_of(*batch)`` [U], its backward pass and all that the engine does in it, by shapes alone.
+
+    Raises:
+        UnsupportedOperationError: something in it looks at a number, keeps a tensor, or reads one that is neither an
+            argument nor the module's.
+    """
+    most_rows = 0
+
+    def run(flat: Tensor, mask: Tensor, *batch: Tensor) -> Tensor:
+        nonlocal most_rows
+        losses, most_rows = _one_pass(step, losses_of, layout, flat, mask, batch, scale)
+        return losses
+
+    with _set_aside(step):
+        try:
+            graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                step.sums.flat, mask, *batch
+            )
+        except (DataDependentOutputException, DynamicOutputShapeException) as problem:
+            raise UnsupportedOperationError(
+                f"compile: operation {problem.func} looks at a tensor's numbers, which a recorded pass does not have; "
+                "compute it with tensors (torch.where), or run the pass as it is"
+            ) from None
+    _check_randomness(step, graph)
+    return TracedPass(graph, _lift_constants(graph, step, layout), most_rows)
+
+
+def _one_pass(
+    step: DPStep,
+    losses_of: LossesOf,
+    layout: Layout,
+    flat: Tensor,
+    mask: Tensor,
+    batch: tuple[Tensor, ...],
+    scale: float,
+) -> tuple[Tensor, int]:
+    state, sums = step.state, cast(FlatSums, step.sums)
+    with torch.enable_grad(), sums.traced(flat):
+        with step.capture():
+            losses = losses_of(*batch)
+        if not isinstance(losses, Tensor) or losses.shape != (layout.num_units,) or not losses.requires_grad:
+            raise UnsupportedOperationError(
+                "compile: expected one loss per unit [U] that depends on parameters"
+            )
+        if state.is_arranged:
+            raise UnsupportedOperationError(
+                "compile: rows are picked by what the data say, so that each pass has to be looked at for units that "
+                "mix; run it as it is"
+            )
+        state.abandon()
+        state.batch = Batch(layout, scale, mask)
+        torch.autograd.backward(losses, torch.full_like(losses, 1.0 / scale))
+        found = state.take()
+        if found is None:
+            raise UnsupportedOperationError("compile: the losses do not depend on any captured parameter")
+        with torch.no_grad():
+            found.finish()
+        found.check_finished()
+    return losses.detach(), found.most_rows
+
+
+@contextmanager
+def _set_aside(step: DPStep) -> Iterator[None]:
+    """Tensors without numbers stay in the trace: what engine and module keep is put back."""
+    state = step.state
+    kept = state.batch, dict(state.batches), state.start_pass, step.is_last_pass
+    layers = [(layer, dict(layer.__dict__), dict(layer._buffers)) for layer in step.module.modules()]
+    step.is_last_pass = False
+    state.batches.clear()
+    try:
+        yield
+    finally:
+        state.take()
+        state.reset()
+        state.batch, state.batches, state.start_pass, step.is_last_pass = kept
+        changed = [layer for layer, before, _ in layers if _has_shapes(layer, before)]
+        for layer, before, buffers in layers if changed else ():
+            layer.__dict__.clear()
+            layer.__dict__.update(before)
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+    if changed:
+        raise UnsupportedOperationError(
+            f"compile: {type(changed[0]).__name__} keeps a tensor of its forward pass as an attribute; compute it "
+            "beforehand, or run the pass as it is"
+        )
+
+
+def _has_shapes(layer: nn.Module, before: dict[str, Any]) -> bool:
+    """Whether a layer has put tensors of the trace into its attributes."""
+    own = {key: value for key, value in layer.__dict__.items() if before.get(key) is not value}
+    return any(isinstance(tensor, FakeTensor) for _, tensor in named_tensors(own)) or any(
+        isinstance(tensor, FakeTensor) for tensor in layer._buffers.values()
+    )
+
+
+def _check_randomness(step: DPStep, graph: GraphModule) -> None:
+    """Random numbers inside a checkpoint would be drawn anew when it is run again."""
+    if not step.state.has_checkpoint:
+        return
+    for node in _calls(graph):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise UnsupportedOperationError(
+                f"compile: {node.target} is random, and the network has activation checkpoints, whose second run would "
+                "draw other numbers; leave dropout out, or run the pass as it is"
+            )
+
+
+def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout) -> list[Tensor]:
+    """Make what the graph holds on to its first arguments.
+
+    Raises:
+        UnsupportedOperationError: it would read a tensor of somebody else's: the batch that it was traced with, say,
+            in each step again.
+    """
+    own = _own_tensors(step, layout)
+    places: dict[int, Node] = {}
+    constants: list[Tensor] = []
+    first = next(iter(graph.graph.nodes))
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        value = getattr(graph, str(node.target))
+        if id(value) not in places:
+            if id(value) not in own and value.dim():
+                raise UnsupportedOperationError(
+                    f"compile: the losses read a tensor of shape {list(value.shape)} that is neither an argument nor a "
+                    "parameter or buffer of the module; its numbers would be the same in each step. Give it as an "
+                    "argument, or register it as a buffer"
+                )
+            with graph.graph.inserting_before(first):
+                places[id(value)] = graph.graph.placeholder(f"constant_{len(constants)}")
+            constants.append(value.detach())
+        node.replace_all_uses_with(places[id(value)])
+        graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.recompile()
+    return constants
+
+
+def _own_tensors(step: DPStep, layout: Layout) -> set[int]:
+    state = step.state
+    found = {id(state.anchor), id(state.anchor_grad)}
+    for layer in step.module.modules():
+        kept = {**vars(layer), **layer._parameters, **layer._buffers}
+        found |= {id(value) for value in kept.values() if isinstance(value, Tensor)}
+    return found | {id(tensor) for tensor in layout.tensors()}
+
+
+def _calls(graph: GraphModule) -> Iterator[Node]:
+    return (node for node in graph.graph.nodes if node.op == "call_function")
