@@ -127,7 +127,7 @@ class CompiledPass:
             step.sums.begin_pass(is_last=is_last)
             step.has_sum = True
             with torch.no_grad():
-                if recorded.graph is None and recorded.calls > 3 and step.flat.device.type == "cuda":
+                if recorded.graph is None and recorded.calls > 3 and _has_graphs(step.flat.device):
                     recorded.graph = _CudaGraph(recorded.run, constants, step.sums.flat, mask, batch)
                 if recorded.graph is not None:
                     losses = recorded.graph.replay(mask, batch)
@@ -161,6 +161,10 @@ class CompiledPass:
         if self._fuse:
             given = (*recorded.traced.constants, step.sums.flat, mask, *batch)
             recorded.run = fused(recorded.traced.graph, given, len(recorded.traced.constants))
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class _CudaGraph:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from synthward.engine.capture import Batch
 from synthward.engine.errors import UnsupportedOperationError
@@ -30,6 +31,8 @@ from synthward.engine.step import DPStep
 from synthward.engine.sums import FlatSums
 
 LossesOf = Callable[..., Tensor]
+# What is raised where Python asks for a number, or for a shape that follows from numbers.
+_LOOKS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def trace_pass(
             graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
                 step.sums.flat, mask, *batch
             )
-        except (DataDependentOutputException, DynamicOutputShapeException) as problem:
+        except _LOOKS as problem:
+            what = f"operation {problem.func}" if hasattr(problem, "func") else "the pass"
             raise UnsupportedOperationError(
-                f"compile: operation {problem.func} looks at a tensor's numbers, which a recorded pass does not have; "
-                "compute it with tensors (torch.where), or run the pass as it is"
+                f"compile: {what} looks at a tensor's numbers, which a recorded pass does not have; compute it with "
+                "tensors (torch.where), or run the pass as it is"
             ) from None
     _check_randomness(step, graph)
     return TracedPass(graph, _lift_constants(graph, step, layout), most_rows)

@@ -18,9 +18,10 @@ from tests.privacy.mutants import ROOT, Mutant, Runs, Tree, assert_noticed, asse
 from tests.privacy.mutants_compiled import COMPILED
 from tests.privacy.mutants_python import PYTHON
 from tests.privacy.mutants_ranks import RANKS
+from tests.privacy.mutants_recorded import RECORDINGS
 from tests.privacy.mutants_triton import TRITON
 
-ALL = [*PYTHON, *TRITON, *COMPILED, *RANKS]
+ALL = [*PYTHON, *TRITON, *COMPILED, *RANKS, *RECORDINGS]
 # Runs beside each other: each test of a fault is small.
 AT_ONCE = 2
 
@@ -68,14 +69,14 @@ def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     runs.close()
 
 
-@pytest.mark.parametrize("mutant", [*PYTHON, *TRITON], ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*PYTHON, *TRITON, *RECORDINGS], ids=lambda m: m.name)
 def test_a_fault_in_python_is_noticed(interpreted: Runs, mutant: Mutant):
     assert_noticed(mutant, interpreted.outcome(mutant))
 
 
 def test_the_copy_without_a_fault_passes(interpreted: Runs):
     """So that what fails fails for its fault."""
-    named = named_in([*PYTHON, *TRITON])
+    named = named_in([*PYTHON, *TRITON, *RECORDINGS])
     assert_sound(named, interpreted.sound(named))
 
 
