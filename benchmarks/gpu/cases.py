@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_case import Case, Maker
+from benchmarks.gpu.case import Case, Maker
 from synthward.kernels import ConvShape, gaussian_noise, noisy_adam_, sum_chain
 from synthward.kernels.conv import reference as conv_reference
 from synthward.kernels.conv import triton_impl as conv

@@ -55,7 +55,7 @@ def _copy_rate() -> float:
 
 
 def _integer_rate() -> float:
-    from benchmarks.gpu_integers import OPERATIONS, run
+    from benchmarks.gpu.integers import OPERATIONS, run
 
     out = torch.empty(1 << 24, dtype=torch.int32, device="cuda")
     return OPERATIONS * out.numel() / statistics.median(seconds(lambda: run(out)))
@@ -172,7 +172,7 @@ def main() -> None:
         )
     if not INTERPRETED and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device here, so nothing was checked or measured")
-    from benchmarks.gpu_cases import all_cases
+    from benchmarks.gpu.cases import all_cases
 
     rates = None if INTERPRETED else machine_rates()
     for name, rate in (rates or {}).items():
