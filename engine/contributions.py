@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from synthward.engine.capture import Batch, CaptureState, Kept, positions_of
-from synthward.engine.clipping import clip_factors, formed_error, product_error
+from synthward.engine.clipping import clip_factors
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
-from synthward.engine.layout import Layout, longer
+from synthward.engine.group_norms import GroupNorms
+from synthward.engine.layout import Layout, Length, longer
 from synthward.engine.planner import Planner
 from synthward.engine.precision import exact_products
 from synthward.engine.provenance import Derived, Part, Span, Target, flat_range
@@ -58,11 +59,10 @@ class Groups:
 class _Group:
     """What is known of one clipping group in this pass."""
 
-    sq_norms: Tensor
-    error: Tensor
+    norms: GroupNorms
+    sq_norms: Tensor | None = None
     items: list[Item] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
-    count: int = 0
     is_summed: bool = False
 
 
@@ -102,12 +102,7 @@ class Contributions:
         self._measure_only = measure_only or factors is not None
         self._norms = Norms()
         self._waiting: dict[int, list[Item]] = defaultdict(list)
-        device = sums.device
-        units = batch.layout.num_units
-        self._states = [
-            _Group(torch.zeros(units, device=device), error=torch.zeros(units, device=device))
-            for _ in groups.bounds
-        ]
+        self._states = [_Group(GroupNorms(self.num_units, sums.device)) for _ in groups.bounds]
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[tuple[int, int], tuple[Layout, Weights]] = {}
         self.forwards: set[int] = set()
@@ -328,12 +323,14 @@ class Contributions:
 
     def _add_norms(self, group: _Group, items: list[Item]) -> None:
         """The squared norm of the uses of one parameter, or of several that are computed together."""
-        sq_norms, row_sums = torch.zeros_like(group.sq_norms), torch.zeros_like(group.error)
-        group.count += len(items)
+        pair = group.norms.new()
+        sq_norms, row_sums = pair.unbind()
         items = [(target, self._planner.widen(use), layout) for target, use, layout in items]
         merged = self._merge(items)
+        product: Length | None
+        formed = longer(*(use.released_chain(layout) for use, layout in merged or [i[1:] for i in items]))
         if merged is None:
-            chain = add_mixed_norms(
+            product = add_mixed_norms(
                 items,
                 self._sums.shapes,
                 self._layout.num_units,
@@ -342,29 +339,22 @@ class Contributions:
                 self._norms,
                 self._planner.chunk_bytes,
             )
-            error = product_error(chain, row_sums) + formed_error(
-                longer(*(use.released_chain(layout) for _, use, layout in items)), sq_norms, row_sums
-            )
         elif len(merged) == 1:
             use, layout = merged[0]
             use.add_norms(sq_norms, row_sums, layout, self._norms)
             chain = use.chain(layout)
+            # Formed twice, then: for the norm, and in the sum.
             is_formed = getattr(use, "is_formed", False)
-            released = use.released_chain(layout)
-            if is_formed:
-                # Formed twice: for the norm, and in the sum.
-                error = formed_error(chain + released + 2, sq_norms, row_sums)
-            else:
-                error = product_error(chain, row_sums) + formed_error(released, sq_norms, row_sums)
+            product, formed = (None, chain + formed + 2) if is_formed else (chain, formed)
         else:
-            error = self._add_several(merged, items, sq_norms, row_sums)
-        group.sq_norms += sq_norms
-        group.error += error
+            product = self._add_several(merged, items, sq_norms, row_sums)
+        group.norms.add(pair, product=product, formed=formed, uses=len(items))
 
     def _add_several(
         self, merged: list[tuple[Use, Layout]], items: list[Item], sq_norms: Tensor, row_sums: Tensor
-    ) -> Tensor:
-        """Norms of uses that add up, with the cross term of a table that is also a linear layer's weight."""
+    ) -> Length:
+        """Norms of uses that add up, with the cross term of a table that is also a linear layer's weight; the longest
+        chain of their inner products."""
         for use, layout in merged:
             use.add_norms(sq_norms, row_sums, layout, self._norms)
         chain = longer(*(use.chain(layout) for use, layout in merged))
@@ -374,8 +364,7 @@ class Contributions:
             add_cross_term(outer, outer_layout, scatter, scatter_layout, sq_norms)
             width = outer.activations.shape[1]
             chain = longer(chain, width) + outer_layout.lengths
-        released = longer(*(use.released_chain(layout) for use, layout in merged))
-        return product_error(chain, row_sums) + formed_error(released, sq_norms, row_sums)
+        return chain
 
     def _merge(self, items: list[Item]) -> list[tuple[Use, Layout]] | None:
         """One use per family (the outer family first) whose norms add up, or None where only the gradients
@@ -411,12 +400,13 @@ class Contributions:
     def _finish_group(self, index: int) -> None:
         group = self._states[index]
         group.is_summed = True
+        group.sq_norms, error = group.norms.complete()
         factors, norms, counts = clip_factors(
             group.sq_norms,
             self._clip,
             bound=self._groups.bounds[index],
-            error=group.error,
-            parameters=group.count,
+            error=error,
+            parameters=group.norms.count,
             scale=self._batch.scale,
             unit_mask=self._batch.unit_mask,
         )

@@ -113,8 +113,8 @@ PYTHON = [
     Mutant(
         "a bias counts in no norm",
         "engine/contributions.py",
-        "        group.sq_norms += sq_norms\n",
-        "        if not isinstance(items[0][1], DiagonalUse):\n            group.sq_norms += sq_norms\n",
+        "        group.norms.add(pair, product",
+        "        if not isinstance(items[0][1], DiagonalUse):\n            group.norms.add(pair, product",
         (ORACLE + "[0.01-mlp-rows]", ORACLE + "[0.01-mlp-ragged]"),
     ),
     Mutant(
