@@ -101,7 +101,7 @@ class Planner:
             # Each way inflates norms by its own bound: a choice by the lengths of the units that are there would let
             # one of them move all others.
             ways = [way for way in ways if way.method == "tile"] or ways
-        way = self._choose(ways, use.evidence.device)
+        way = self._choose(ways, use.evidence)
         self._note(position, way)
         if way.method != "materialise":
             return chosen.by(way.method), layout
@@ -109,14 +109,14 @@ class Planner:
         self._used += way.memory
         return chosen.materialise(layout), layout.units
 
-    def _choose(self, ways: list[Way], device: torch.device) -> Way:
+    def _choose(self, ways: list[Way], evidence: Tensor) -> Way:
         if len(ways) == 1:
             return ways[0]
         if self.perf.method != "auto":
             named = [way for way in ways if way.method == self.perf.method]
             if named:
                 return named[0]
-        rates = self._rates or measured_rates(device)
+        rates = self._rates or _rates_for(evidence)
         fits = [way for way in ways if way.memory <= 0.0 or self._used + way.memory <= self._budget]
         return min(fits or ways[:1], key=lambda way: seconds(way, rates))
 
@@ -164,6 +164,13 @@ def _converted(use: Use, old: torch.dtype, new: torch.dtype) -> Use:
         if isinstance(value, Tensor) and value.dtype == old and value.dim() > 1
     }
     return replace(use, **changed)  # type: ignore[type-var]
+
+
+def _rates_for(operand: Tensor) -> Rates:
+    """Half precision has kernels of its own on a GPU; on a CPU all take the way that fp32 takes."""
+    if operand.device.type == "cpu":
+        return measured_rates(operand.device)
+    return measured_rates(operand.device, operand.dtype)
 
 
 def seconds(way: Way | Choice, rates: Rates) -> float:

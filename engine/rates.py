@@ -17,7 +17,7 @@ import torch
 
 from synthward.kernels import cpu_isa, outer_norms, product
 
-_VERSION = 2
+_VERSION = 3
 _known: dict[str, Rates] = {}
 
 
@@ -33,13 +33,15 @@ class Rates:
     library: float
 
 
-def measured_rates(device: torch.device) -> Rates:
-    """The rates of a device at torch's present number of threads; measured in a fraction of a second, then kept in
-    memory and in ``$XDG_CACHE_HOME/synthward`` (where that can be written)."""
+def measured_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
+    """The rates of a device at torch's present number of threads, for operands of a type; measured in a fraction of a
+    second, then kept in memory and in ``$XDG_CACHE_HOME/synthward`` (where that can be written)."""
     name = _name(device)
+    if dtype != torch.float32:
+        name = f"{name} {str(dtype).removeprefix('torch.')}"
     if name not in _known:
         path = _cache_path()
-        _known[name] = _read(path, name) or _measure(device)
+        _known[name] = _read(path, name) or _measure(device, dtype)
         _write(path, name, _known[name])
     return _known[name]
 
@@ -88,23 +90,27 @@ def _write(path: Path, name: str, rates: Rates) -> None:
         return
 
 
-def _measure(device: torch.device) -> Rates:
-    units, rows, width = 16, 128, 256
-    a = torch.ones(units * rows, width, device=device)
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    # On a GPU so large that the launch does not count.
+    units, rows, width = (16, 128, 256) if device.type == "cpu" else (256, 256, 1024)
+    a = torch.rand(units * rows, width, device=device).to(dtype)
     offsets = torch.arange(0, units * rows + 1, rows, device=device)
     out = torch.zeros(units, device=device)
     gram = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="gram"), device)
     tile = _seconds(lambda: outer_norms(a, a, offsets, out, out.clone(), method="tile"), device)
     # Larger than most caches.
-    block = torch.ones(1 << 23, device=device)
+    block = torch.ones(1 << (23 if device.type == "cpu" else 28), device=device)
     target = torch.empty_like(block)
     copy = _seconds(lambda: target.copy_(block), device)
-    left, right = block[: 1 << 19].view(1024, 512), block[: 1 << 18].view(512, 512)
+    high, deep = (1024, 512) if device.type == "cpu" else (8192, 4096)
+    left = torch.rand(high, deep, device=device).to(dtype)
+    right = torch.rand(deep, deep, device=device).to(dtype)
     own = _seconds(lambda: product(left, right, backend="cpp"), device) if device.type == "cpu" else math.inf
     library = _seconds(lambda: product(left, right, backend="reference"), device)
+    work = 2 * high * deep * deep
     return Rates(
-        product=(1 << 29) / own,
-        library=(1 << 29) / library,
+        product=work / own,
+        library=work / library,
         gram=units * rows * rows * 2 * width / gram,
         tile=2 * units * rows * width * width / tile,
         bytes=2 * block.nbytes / copy,

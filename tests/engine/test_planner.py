@@ -56,9 +56,9 @@ def test_what_is_materialised_stays_within_the_budget(even):
     planner = Planner(PerfSpec(materialise_bytes=100_000), ["a", "b"])
     planner.begin(0)
     ways = {way.method: way for way in use.ways(layout)}
-    assert planner._choose([ways["materialise"], ways["tile"]], torch.device("cpu")).method == "materialise"
+    assert planner._choose([ways["materialise"], ways["tile"]], torch.zeros(1)).method == "materialise"
     planner._used = 50_000.0
-    assert planner._choose([ways["materialise"], ways["tile"]], torch.device("cpu")).method == "tile"
+    assert planner._choose([ways["materialise"], ways["tile"]], torch.zeros(1)).method == "tile"
 
 
 @pytest.mark.parametrize("method", ["auto", "gram", "tile", "materialise"])
@@ -126,12 +126,12 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
     found = measured_rates(torch.device("cpu"))
     assert min(found.gram, found.tile, found.bytes, found.product, found.library) > 1e6
     monkeypatch.setattr(rates_module, "_known", {})
-    monkeypatch.setattr(rates_module, "_measure", lambda device: pytest.fail("measured again"))
+    monkeypatch.setattr(rates_module, "_measure", lambda device, dtype: pytest.fail("measured again"))
     assert measured_rates(torch.device("cpu")) == found
     path = tmp_path / "synthward" / "rates.json"
     path.write_text(json.dumps({name: {"gram": -1} for name in json.loads(path.read_text())}))
     monkeypatch.setattr(rates_module, "_known", {})
-    monkeypatch.setattr(rates_module, "_measure", lambda device: found)
+    monkeypatch.setattr(rates_module, "_measure", lambda device, dtype: found)
     assert measured_rates(torch.device("cpu")) == found, "a cache that makes no sense is measured anew"
 
 
