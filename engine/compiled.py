@@ -21,9 +21,21 @@ logger = logging.getLogger("synthward")
 # Recorded passes at once; each has memory of its own on a GPU.
 _MOST_SHAPES = 8
 
-# Takes a batch and its mask, runs the pass as it is and looks at it: whether units mix, and what the engine refuses.
-RunAsItIs = Callable[[tuple[Tensor, ...], Tensor | None, bool], Tensor]
 Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Given:
+    """One physical batch: tensors of its rows, whose they are (None: as many for each), and which units count."""
+
+    batch: tuple[Tensor, ...]
+    offsets: Tensor | None = None
+    unit_mask: Tensor | None = None
+    is_last: bool = False
+
+
+# Runs the pass as it is and looks at it: whether units mix, and what the engine refuses.
+RunAsItIs = Callable[[Given], Tensor]
 
 
 @dataclass
@@ -37,8 +49,8 @@ class _Recorded:
 
 
 class CompiledPass:
-    """What `PrivateTrainer.compile` returns: ``run(*batch, unit_mask=None, is_last=False)`` gives losses [U], detached,
-    and adds the batch's clipped gradients to the step, as `capture` and `backward` do.
+    """What `PrivateTrainer.compile` returns: called with a batch, it gives losses [U], detached, and adds the clipped
+    gradients to the step, as `capture` and `backward` do.
 
     The first two passes over batches of a form (shapes, dtypes, device, autocast, training mode), and the 4th, 8th,
     16th, ... are run as they are and looked at. The third is traced by its shapes; from then on the recorded operations
@@ -54,7 +66,7 @@ class CompiledPass:
         losses_of: LossesOf,
         as_it_is: RunAsItIs,
         *,
-        rows_per_unit: int,
+        rows_per_unit: int | None,
         loss_scale: float,
         fuse: bool,
     ) -> None:
@@ -63,11 +75,24 @@ class CompiledPass:
         self._recorded: dict[Any, _Recorded] = {}
         self._has_warned = False
 
-    def __call__(self, *batch: Tensor, unit_mask: Tensor | None = None, is_last: bool = False) -> Tensor:
+    def __call__(
+        self,
+        *batch: Tensor,
+        offsets: Tensor | None = None,
+        unit_mask: Tensor | None = None,
+        is_last: bool = False,
+    ) -> Tensor:
         """One pass.
 
+        Args:
+            batch: what the losses take; the first axis of the first one is the batch's rows.
+            offsets: int64 [U + 1] in CPU memory, where `compile` was given no rows_per_unit; the number of rows is part
+                of the form, so padding rows belong to a unit that the mask leaves out.
+            unit_mask, is_last: as of `PrivateTrainer.backward`.
+
         Raises:
-            ConfigError: an argument that is no tensor. Otherwise as `PrivateTrainer.backward`.
+            ConfigError: an argument that is no tensor, or rows that are not the units'. Otherwise as
+                `PrivateTrainer.backward`.
         """
         for place, value in enumerate(batch):
             if not isinstance(value, Tensor):
@@ -75,23 +100,26 @@ class CompiledPass:
                     f"compile: argument {place} is a {type(value).__name__}; give tensors only, whatever changes from "
                     "batch to batch"
                 )
-        recorded = self._of(batch)
+        given = Given(batch, offsets, unit_mask, is_last)
+        units = self._units(given)
+        recorded = self._of(given, units)
         if recorded is None:
-            return self._as_it_is(batch, unit_mask, is_last)
+            return self._as_it_is(given)
         recorded.calls += 1
         # Powers of two, as passes are probed: a path that a gate closes at first may open at any time.
         if recorded.calls & (recorded.calls - 1) == 0:
-            return self._as_it_is(batch, unit_mask, is_last)
+            return self._as_it_is(given)
         try:
-            return self._replay(recorded, batch, unit_mask, is_last)
+            return self._replay(recorded, given, units)
         except BaseException:
             self._step.discard()
             raise
 
-    def _of(self, batch: tuple[Tensor, ...]) -> _Recorded | None:
+    def _of(self, given: Given, units: int) -> _Recorded | None:
         device, module = self._step.flat.device.type, self._step.module
         key = (
-            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in batch),
+            units,
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in given.batch),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             tuple(layer.training for layer in module.modules()),
             tuple((id(p), p.requires_grad) for p in module.parameters()),
@@ -110,29 +138,29 @@ class CompiledPass:
             self._recorded[key] = _Recorded()
         return self._recorded[key]
 
-    def _replay(
-        self, recorded: _Recorded, batch: tuple[Tensor, ...], unit_mask: Tensor | None, is_last: bool
-    ) -> Tensor:
+    def _replay(self, recorded: _Recorded, given: Given, units: int) -> Tensor:
         step = self._step
-        units = self._units(batch)
-        mask = self._mask(unit_mask, units)
+        mask = self._mask(given.unit_mask, units)
+        inputs = given.batch
+        if given.offsets is not None:
+            inputs = (given.offsets.to(step.flat.device, non_blocking=True), *inputs)
         step.flat.check_unchanged(allow_frozen=True)
         step.flat.check_in_place()
         # Forward pass and norms are one graph: both without TF32.
         with exact_products():
             if recorded.traced is None:
-                self._record(recorded, batch, mask, units)
+                self._record(recorded, inputs, mask, units)
             assert recorded.traced is not None and recorded.run is not None
             constants = recorded.traced.constants
-            step.sums.begin_pass(is_last=is_last)
+            step.sums.begin_pass(is_last=given.is_last)
             step.has_sum = True
             with torch.no_grad():
                 if recorded.graph is None and recorded.calls > 3 and _has_graphs(step.flat.device):
-                    recorded.graph = _CudaGraph(recorded.run, constants, step.sums.flat, mask, batch)
+                    recorded.graph = _CudaGraph(recorded.run, constants, step.sums.flat, mask, inputs)
                 if recorded.graph is not None:
-                    losses = recorded.graph.replay(mask, batch)
+                    losses = recorded.graph.replay(mask, inputs)
                 else:
-                    losses = recorded.run(*constants, step.sums.flat, mask, *batch)
+                    losses = recorded.run(*constants, step.sums.flat, mask, *inputs)
         for position in range(len(step.sums.shapes)):
             step.sums.done(position)
         step.sums.end_pass()
@@ -140,11 +168,20 @@ class CompiledPass:
             step.discrete.count(units, recorded.traced.most_rows)
         return losses
 
-    def _units(self, batch: tuple[Tensor, ...]) -> int:
-        rows = len(batch[0])
-        if rows % self._rows_per_unit:
-            raise ConfigError(f"compile: {rows} rows are not {self._rows_per_unit} for each unit")
-        return rows // self._rows_per_unit
+    def _units(self, given: Given) -> int:
+        rows, offsets = len(given.batch[0]), given.offsets
+        if self._rows_per_unit is not None:
+            if offsets is not None:
+                raise ConfigError("compile: units of rows_per_unit rows have no offsets; give one of both")
+            if rows % self._rows_per_unit:
+                raise ConfigError(f"compile: {rows} rows are not {self._rows_per_unit} for each unit")
+            return rows // self._rows_per_unit
+        if offsets is None or offsets.device.type != "cpu":
+            raise ConfigError("compile: without rows_per_unit, give offsets (int64 [U + 1]) in CPU memory")
+        layout = Layout.ragged(offsets)
+        if layout.num_rows != rows:
+            raise ConfigError(f"offsets: describe {layout.num_rows} rows, the batch has {rows}")
+        return layout.num_units
 
     def _mask(self, unit_mask: Tensor | None, units: int) -> Tensor:
         if unit_mask is None:
@@ -153,14 +190,13 @@ class CompiledPass:
             raise ConfigError(f"unit_mask: expected bool [{units}]")
         return unit_mask.to(self._step.flat.device, non_blocking=True)
 
-    def _record(self, recorded: _Recorded, batch: tuple[Tensor, ...], mask: Tensor, units: int) -> None:
+    def _record(self, recorded: _Recorded, inputs: tuple[Tensor, ...], mask: Tensor, units: int) -> None:
         step = self._step
-        layout = Layout.uniform(units, self._rows_per_unit, step.flat.device)
-        recorded.traced = trace_pass(step, self._losses_of, layout, batch, mask, self._scale)
-        recorded.run = recorded.traced.graph
+        traced = trace_pass(step, self._losses_of, units, self._rows_per_unit, inputs, mask, self._scale)
+        recorded.traced, recorded.run = traced, traced.graph
         if self._fuse:
-            given = (*recorded.traced.constants, step.sums.flat, mask, *batch)
-            recorded.run = fused(recorded.traced.graph, given, len(recorded.traced.constants))
+            constants = traced.constants
+            recorded.run = fused(traced.graph, (*constants, step.sums.flat, mask, *inputs), len(constants))
 
 
 def _has_graphs(device: torch.device) -> bool:
@@ -171,9 +207,9 @@ class _CudaGraph:
     """A run captured in a CUDA graph, with its own copies of the batch."""
 
     def __init__(
-        self, run: Run, constants: list[Tensor], flat: Tensor, mask: Tensor, batch: tuple[Tensor, ...]
+        self, run: Run, constants: list[Tensor], flat: Tensor, mask: Tensor, inputs: tuple[Tensor, ...]
     ) -> None:
-        self._inputs = [torch.empty_like(tensor, device=flat.device) for tensor in (mask, *batch)]
+        self._inputs = [torch.empty_like(tensor, device=flat.device) for tensor in (mask, *inputs)]
         # The graph has their addresses.
         self._held = (constants, flat)
         self._graph = torch.cuda.CUDAGraph()
@@ -181,8 +217,8 @@ class _CudaGraph:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._losses = run(*constants, flat, *self._inputs)
 
-    def replay(self, mask: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-        for own, given in zip(self._inputs, (mask, *batch), strict=True):
+    def replay(self, mask: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        for own, given in zip(self._inputs, (mask, *inputs), strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._losses.clone()

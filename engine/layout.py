@@ -66,13 +66,15 @@ class Layout:
         return cls(num_units, rows, offsets, rows_per_unit=rows_per_unit, device=device)
 
     @classmethod
-    def ragged(cls, offsets: Tensor) -> Layout:
-        """Unit u owns rows ``offsets[u]:offsets[u + 1]``; empty units are allowed."""
+    def ragged(cls, offsets: Tensor, device: torch.device | None = None) -> Layout:
+        """Unit u owns rows ``offsets[u]:offsets[u + 1]``, maybe none. Offsets are looked at where they lie, and go to
+        `device` then."""
         if offsets.dim() != 1 or offsets.dtype != torch.int64 or len(offsets) == 0:
             raise ConfigError("offsets: expected an int64 vector of one more entry than units")
         if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
             raise ConfigError("offsets: must start at 0 and never decrease")
-        return cls(len(offsets) - 1, int(offsets[-1]), offsets)
+        rows = int(offsets[-1])
+        return cls(len(offsets) - 1, rows, offsets.to(device or offsets.device, non_blocking=True))
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Layout:
@@ -115,6 +117,13 @@ class Layout:
     def is_single(self) -> bool:
         """Whether each row is a unit."""
         return self.rows_per_unit == 1
+
+    @property
+    def row_offsets(self) -> Tensor:
+        """The offsets, int64 [U + 1], also where each row is a unit."""
+        if self.offsets is not None:
+            return self.offsets
+        return torch.arange(self.num_rows + 1, device=self._device)
 
     @property
     def lengths(self) -> Length:

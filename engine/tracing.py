@@ -37,7 +37,9 @@ _LOOKS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnData
 
 @dataclass(frozen=True)
 class TracedPass:
-    """``graph(*constants, flat sums, unit mask, *batch)`` adds a batch's clipped sums to `flat` and returns its losses.
+    """``graph(*constants, flat sums, unit mask, *inputs)`` adds a batch's clipped gradients to the sums; its losses.
+
+    Inputs are those of the batch, after the offsets of its units if they have unequal numbers of rows.
 
     Attributes:
         graph: the operations.
@@ -51,25 +53,39 @@ class TracedPass:
 
 
 def trace_pass(
-    step: DPStep, losses_of: LossesOf, layout: Layout, batch: tuple[Tensor, ...], mask: Tensor, scale: float
+    step: DPStep,
+    losses_of: LossesOf,
+    units: int,
+    rows_per_unit: int | None,
+    inputs: tuple[Tensor, ...],
+    mask: Tensor,
+    scale: float,
 ) -> TracedPass:
     """Trace ``losses_of(*batch)`` [U], its backward pass and all that the engine does in it, by shapes alone.
+
+    Args:
+        rows_per_unit: of each unit; None: the first of `inputs` are the units' offsets, int64 [U + 1].
 
     Raises:
         UnsupportedOperationError: something in it looks at a number, keeps a tensor, or reads one that is neither an
             argument nor the module's.
     """
+    whole = None if rows_per_unit is None else Layout.uniform(units, rows_per_unit, step.flat.device)
     most_rows = 0
 
-    def run(flat: Tensor, mask: Tensor, *batch: Tensor) -> Tensor:
+    def run(flat: Tensor, mask: Tensor, *inputs: Tensor) -> Tensor:
         nonlocal most_rows
+        layout, batch = whole, inputs
+        if layout is None:
+            batch = inputs[1:]
+            layout = Layout(units, len(batch[0]), inputs[0])
         losses, most_rows = _one_pass(step, losses_of, layout, flat, mask, batch, scale)
         return losses
 
     with _set_aside(step):
         try:
             graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                step.sums.flat, mask, *batch
+                step.sums.flat, mask, *inputs
             )
         except _LOOKS as problem:
             what = f"operation {problem.func}" if hasattr(problem, "func") else "the pass"
@@ -78,7 +94,7 @@ def trace_pass(
                 "tensors (torch.where), or run the pass as it is"
             ) from None
     _check_randomness(step, graph)
-    return TracedPass(graph, _lift_constants(graph, step, layout), most_rows)
+    return TracedPass(graph, _lift_constants(graph, step, whole), most_rows)
 
 
 def _one_pass(
@@ -162,7 +178,7 @@ def _check_randomness(step: DPStep, graph: GraphModule) -> None:
             )
 
 
-def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout) -> list[Tensor]:
+def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout | None) -> list[Tensor]:
     """Make what the graph holds on to its first arguments.
 
     Raises:
@@ -192,13 +208,13 @@ def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout) -> list[Te
     return constants
 
 
-def _own_tensors(step: DPStep, layout: Layout) -> set[int]:
+def _own_tensors(step: DPStep, layout: Layout | None) -> set[int]:
     state = step.state
     found = {id(state.anchor), id(state.anchor_grad)}
     for layer in step.module.modules():
         kept = {**vars(layer), **layer._parameters, **layer._buffers}
         found |= {id(value) for value in kept.values() if isinstance(value, Tensor)}
-    return found | {id(tensor) for tensor in layout.tensors()}
+    return found | {id(tensor) for tensor in ([] if layout is None else layout.tensors())}
 
 
 def _calls(graph: GraphModule) -> Iterator[Node]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch
 from synthward.engine.checkpoint import restore_tensors, trainer_tensors
-from synthward.engine.compiled import CompiledPass
+from synthward.engine.compiled import CompiledPass, Given
 from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ledger import SharedLedger, check_ledger
 from synthward.engine.distributed.ranks import Ranks
@@ -123,7 +123,8 @@ class PrivateTrainer:
             losses: [U], the loss of each unit, of a forward pass under `capture`.
             rows_per_unit: the first axis of every captured call holds this many rows for each unit, unit by
                 unit.
-            offsets: or int64 [U + 1]: unit u owns rows ``offsets[u]:offsets[u + 1]``.
+            offsets: or int64 [U + 1]: unit u owns rows ``offsets[u]:offsets[u + 1]``. In CPU memory, also if the losses
+                are on a GPU, which would have to be waited for.
             unit_mask: bool [U]; a unit with False (padding) weighs nothing.
             loss_scale: the losses are multiplied by it for the backward pass, and gradients are divided by it
                 before they are clipped (fp16; a power of two). A constant, never a function of the records.
@@ -140,7 +141,7 @@ class PrivateTrainer:
         self,
         losses_of: Callable[..., Tensor],
         *,
-        rows_per_unit: int = 1,
+        rows_per_unit: int | None = 1,
         loss_scale: float = 1.0,
         fuse: bool = False,
     ) -> CompiledPass:
@@ -157,7 +158,8 @@ class PrivateTrainer:
 
         Args:
             losses_of: of a batch of tensors gives the loss of each unit [U]. It reads the batch and the module alone.
-            rows_per_unit, loss_scale: as of `backward`.
+            rows_per_unit: as of `backward`; None: each call is given the offsets of its units.
+            loss_scale: as of `backward`.
             fuse: let `torch.compile` fuse what lies between the kernels. Rounding may differ from that of a pass as it
                 is, by what fused arithmetic rounds less often.
 
@@ -172,15 +174,16 @@ class PrivateTrainer:
         if isinstance(self._step.flat, ShardedParameters):
             raise ConfigError("compile: sharded parameters are exchanged in each pass; use replicas")
 
-        def as_it_is(batch: tuple[Tensor, ...], mask: Tensor | None, is_last: bool) -> Tensor:
+        def as_it_is(given: Given) -> Tensor:
             with self.capture():
-                losses = losses_of(*batch)
+                losses = losses_of(*given.batch)
             if self._step.state.is_arranged:
                 raise UnsupportedOperationError(
                     "compile: rows are picked by what the data say, so that each pass has to be looked at for units "
                     "that mix; use capture and backward"
                 )
-            self._pass(losses, rows_per_unit, None, mask, loss_scale, is_last, is_due=True)
+            where = (rows_per_unit, given.offsets, given.unit_mask)
+            self._pass(losses, *where, loss_scale, given.is_last, is_due=True)
             return losses.detach()
 
         return CompiledPass(
@@ -323,7 +326,7 @@ class PrivateTrainer:
         if (rows_per_unit is None) == (offsets is None):
             raise ConfigError("backward: give either rows_per_unit or offsets")
         if offsets is not None:
-            layout = Layout.ragged(offsets)
+            layout = Layout.ragged(offsets, losses.device)
         else:
             assert rows_per_unit is not None
             key = (len(losses), rows_per_unit)

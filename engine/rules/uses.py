@@ -458,8 +458,8 @@ def merge_uses(uses: Sequence[Use], layouts: Sequence[Layout]) -> tuple[Use, Lay
     if all(layout.rows_per_unit is not None for layout in layouts):
         each = sum(layout.rows_per_unit or 0 for layout in layouts)
         return merged, Layout.uniform(layouts[0].num_units, each, units.device)
-    offsets = torch.zeros(layouts[0].num_units + 1, dtype=torch.int64, device=units.device)
-    torch.cumsum(torch.bincount(units, minlength=layouts[0].num_units), 0, out=offsets[1:])
+    # Each unit has the rows that it has in all of them.
+    offsets = torch.stack([layout.row_offsets for layout in layouts]).sum(0)
     return merged, Layout(layouts[0].num_units, len(units), offsets)
 
 

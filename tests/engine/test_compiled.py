@@ -176,6 +176,58 @@ def test_units_of_several_rows():
         recorded.apply()
 
 
+def losses_of(module: nn.Module, x: Tensor, owner: Tensor) -> Tensor:
+    """Of three units, whose rows `owner` tells."""
+    return torch.zeros(3).index_add(0, owner, row_losses(module, x))
+
+
+@pytest.mark.parametrize("name", ["rows", "mixed", "many rows", "images"])
+def test_units_of_unequal_numbers_of_rows(name):
+    make, batch = NETS[name]
+    plain, recorded = pair(make)
+    module = module_of(recorded)
+
+    run = recorded.compile(lambda x, owner: losses_of(module, x, owner), rows_per_unit=None)
+    for round_, offsets in enumerate(
+        ([0, 2, 2, 5], [0, 1, 4, 5], [0, 0, 5, 5], [0, 3, 4, 5], [0, 2, 4, 5], [0, 5, 5, 5])
+    ):
+        x, offsets, mask = batch(round_), torch.tensor(offsets), torch.tensor([True, round_ != 3, True])
+        owner = torch.repeat_interleave(torch.arange(3), offsets.diff())
+        with plain.capture():
+            losses = losses_of(module_of(plain), x, owner)
+        plain.backward(losses, offsets=offsets, unit_mask=mask)
+        run(x, owner, offsets=offsets, unit_mask=mask)
+        assert_same(plain, recorded)
+        plain.apply()
+        recorded.apply()
+
+
+def test_a_tied_table_under_units_of_unequal_numbers_of_rows_is_refused():
+    """Its cross term pads units to the longest one, which is a number."""
+    trainer, _ = pair(NETS["tied"][0])
+    module, x, owner = module_of(trainer), NETS["tied"][1](0), torch.tensor([0, 0, 1, 2, 2])
+    run = trainer.compile(lambda x, owner: losses_of(module, x, owner), rows_per_unit=None)
+    with pytest.raises(UnsupportedOperationError, match="looks at a tensor's numbers"):
+        for _ in range(3):
+            run(x, owner, offsets=torch.tensor([0, 2, 3, 5]))
+
+
+def test_offsets_that_do_not_fit_are_refused():
+    trainer, _ = pair(NETS["rows"][0])
+    module, x = module_of(trainer), NETS["rows"][1](0)
+    ragged = trainer.compile(lambda x: row_losses(module, x)[:3], rows_per_unit=None)
+    for offsets, what in (
+        (None, "give offsets"),
+        (torch.tensor([0, 1, 2, 4]), "describe 4 rows, the batch has 5"),
+        (torch.tensor([0, 3, 2, 5]), "never decrease"),
+        (torch.tensor([0.0, 5.0]), "int64"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            ragged(x, offsets=offsets)
+    with pytest.raises(ConfigError, match="one of both"):
+        record(trainer)(x, offsets=torch.tensor([0, 5]))
+
+
 def test_a_loss_scale_and_half_precision():
     make, batch = NETS["mixed"]
     plain, recorded = pair(make)
@@ -463,12 +515,12 @@ def test_on_a_gpu_the_recording_is_a_cuda_graph(monkeypatch):
     made: list[object] = []
 
     class Graph:
-        def __init__(self, run, constants, flat, mask, batch) -> None:
+        def __init__(self, run, constants, flat, mask, inputs) -> None:
             made.append(self)
-            self._run = lambda mask, batch: run(*constants, flat, mask, *batch)
+            self._run = lambda mask, inputs: run(*constants, flat, mask, *inputs)
 
-        def replay(self, mask: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-            return self._run(mask, batch)
+        def replay(self, mask: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+            return self._run(mask, inputs)
 
     monkeypatch.setattr(compiled_module, "_CudaGraph", Graph)
     monkeypatch.setattr(compiled_module, "_has_graphs", lambda device: True)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from synthward.engine import ClipSpec
-from synthward.engine.layout import Layout
 from synthward.engine.rates import Rates
 from synthward.engine.rules import layer_norm
 from synthward.engine.tracing import TracedPass, trace_pass
@@ -41,8 +40,7 @@ def traced(
     trainer = trainer_of(module.to(META), clip)
     trainer._step.planner._rates = RATES
     mask = torch.ones(units, dtype=torch.bool, device=META)
-    layout = Layout.uniform(units, 1, META)
-    return trace_pass(trainer._step, losses_of, layout, batch, mask, 1.0)
+    return trace_pass(trainer._step, losses_of, units, 1, batch, mask, 1.0)
 
 
 def check(found: TracedPass) -> Counter[str]:
