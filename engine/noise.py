@@ -57,6 +57,11 @@ class NoiseSource:
         if self._strategy is not None and state_slots(self._strategy):
             self._state = torch.zeros(state_slots(self._strategy), flat.own_size, device=flat.device)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Stream and step of the next release."""
+        return self._stream, self._released
+
     def next(self, std: float) -> Noise:
         """The noise of the next release, at this standard deviation of z."""
         if os.getpid() != self._process:

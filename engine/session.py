@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from synthward.engine.capture import Batch, current_task
+from synthward.engine.capture import Batch, current_task, uncompiled
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
@@ -123,8 +123,9 @@ class PrivateSession:
             if owner is not None:
                 owner._finish()
 
-        self.core.module.register_forward_pre_hook(enter, with_kwargs=True)
-        self.core.module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        # A compiler that was put around the module would trace them, too.
+        self.core.module.register_forward_pre_hook(uncompiled(enter), with_kwargs=True)
+        self.core.module.register_forward_hook(uncompiled(leave), with_kwargs=True, always_call=True)
         self.core.state.anchor.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -322,6 +323,11 @@ class PrivateSession:
                 "optimizer.step(); multiply the losses of those to leave out by zero"
             )
 
+    def _number_of_draw(self) -> int:
+        """Of the draw that the loop is at, whether it had rows for this rank or not."""
+        draw = self._draw or (None if self._loader is None else self._loader.draw)
+        return -1 if draw is None else draw.index
+
     def step(self) -> None:
         """End the logical step: charge, then noise and update.
 
@@ -345,7 +351,7 @@ class PrivateSession:
         if self._draw is not None:
             self._last_draw = self._draw.index
         try:
-            self.core.release()
+            self.core.release(step=self.steps_done, draw=self._number_of_draw())
         except BaseException:
             self.core.discard()
             raise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
 from synthward.engine.contributions import Contributions, Groups
-from synthward.engine.distributed.agreement import check_agreement
+from synthward.engine.distributed.agreement import check_agreement, check_in_step
 from synthward.engine.distributed.exchange import sum_over
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.distributed.sharded import ShardedParameters
@@ -86,7 +86,8 @@ class DPStep:
         self.state.provenance.begin(self.module)
         assert self.state.mode is not None
         try:
-            with self.state.mode:
+            # A compiled module would hide its calls from the capture: inside, it runs as it was written.
+            with torch.compiler.set_stance("force_eager"), self.state.mode:
                 yield
         finally:
             self.state.provenance.clear()
@@ -129,15 +130,23 @@ class DPStep:
             self.state.consume(contributions.forwards)
         self.sums.end_pass()
 
-    def release(self) -> None:
+    def release(self, *, step: int = 0, draw: int = -1) -> None:
         """Add noise, update the parameters, and leave the sum at zero. All ranks take part.
 
+        Args:
+            step: the logical step, as the caller counts them.
+            draw: the number of the draw whose units were added up, where the caller knows it.
+
         Raises:
-            PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine.
+            PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine; ranks
+                are not at the same step, draw or noise.
         """
         self.check_coverage()
         bound = self._sensitivity()
         std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
+        stream, place = self.source.place
+        marks = {"draw": draw, "step": step, "noise (stream)": stream, "noise (step)": place}
+        check_in_step(self.ranks, marks | {"clipping bound": bound, "noise (standard deviation)": std})
         self.sums.complete()
         if self.quantile is not None:
             self.quantile.complete(self.ranks)

@@ -45,7 +45,8 @@ class Sums(Protocol):
         """Nothing more is added in this pass."""
 
     def complete(self) -> None:
-        """From here on `own` holds the sums over all ranks. All ranks take part."""
+        """From here on `own` holds the sums over all ranks. All ranks take part, and have met since the last of them
+        added something."""
 
     def own(self, at: int, length: int) -> Tensor:
         """A stretch of what this rank owns, 1-D: elements ``at : at + length`` of its own coordinates."""
@@ -271,7 +272,6 @@ class HostSums(FlatSums):
 
     def _reduce(self) -> None:
         ranks = self._buckets.ranks
-        meet(ranks)
         for low, high in self._buckets.owned:
             for rank in range(ranks.world_size):
                 if rank != ranks.rank:

@@ -264,7 +264,7 @@ class PrivateTrainer:
             raise BudgetExceededError(f"the plan pays for {self.plan.steps} steps and all of them are taken")
         self._step.check_coverage()
         self._check_ledger()
-        self._step.release()
+        self._step.release(step=self._steps_done)
         self._steps_done += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
-"""All ranks train the same network by the same mechanism under the same key, or none of them begins."""
+"""All ranks train the same network by the same mechanism under the same key, step by step, or none of them goes on."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from synthward.engine.distributed.ranks import Ranks
@@ -49,6 +51,36 @@ def check_same(ranks: Ranks, mine: Mapping[str, object]) -> None:
             raise PrivacyError(
                 f"the processes of this run do not have the same {what}; noise and sums would not fit together"
             )
+
+
+def check_in_step(ranks: Ranks, marks: Mapping[str, int | float]) -> None:
+    """`PrivacyError`, on all ranks, that names the first of the numbers that is not the same on all of them.
+
+    A rank that has left out a batch or a step would add units of another draw to this one, where a unit that is in
+    both counts twice. All ranks take part, and have met when it returns. Integers are below 2^63.
+    """
+    if ranks.world_size == 1:
+        return
+    mine = torch.tensor([_as_integer(mark) for mark in marks.values()], dtype=torch.int64)
+    extremes = torch.cat([mine, -mine]).to(ranks.device)
+    with ranks.exchanging():
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=ranks.group)
+    highest, lowest = extremes.view(2, -1).tolist()
+    for what, high, low in zip(marks, highest, lowest, strict=True):
+        if high != -low:
+            raise PrivacyError(
+                f"the processes of this run are not at the same {what}: one of them has left out a batch or a step (a "
+                "loop that skips empty batches, an exception that was caught). Every rank takes every batch and every "
+                "step, without rows, too; end all processes and resume from the last checkpoint"
+            )
+
+
+def _as_integer(mark: int | float) -> int:
+    """A number of at least 0 by its bits, which are equal where it is."""
+    if isinstance(mark, int):
+        return mark
+    (bits,) = struct.unpack("<q", struct.pack("<d", mark))
+    return int(bits)
 
 
 def _settings(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[object]:

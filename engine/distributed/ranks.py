@@ -100,6 +100,11 @@ class Ranks:
         """ "gloo" or "nccl": who exchanges tensors; None for one process."""
         return None if self.group is None else str(dist.get_backend(self.group))
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are exchanged that belong to no device."""
+        return self._device or torch.device("cpu")
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value (anything that can be pickled), on all."""
         if self.group is None:

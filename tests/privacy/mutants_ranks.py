@@ -14,6 +14,7 @@ PRIVACY = "tests/privacy/test_privacy_distributed.py::"
 DIFFERS = PRIVACY + "test_a_rank_that_differs_is_refused_by_all_and_named"
 LOOP = PRIVACY + "test_the_sum_is_that_of_the_loop"
 ONCE = PRIVACY + "test_noise_is_exact_and_once_whatever_the_number_of_ranks"
+OUT_OF_STEP = "tests/privacy/test_ranks_out_of_step.py::"
 
 RANKS = [
     Mutant(
@@ -85,5 +86,26 @@ RANKS = [
         'names.get(id(p), "?") for p in group["params"]',
         '"?" for p in group["params"]',
         (DIFFERS + "[2-optimizer: another order]",),
+    ),
+    Mutant(
+        "draws are not compared",
+        "engine/step.py",
+        '{"draw": draw, "step": step',
+        '{"step": step',
+        (OUT_OF_STEP + "test_a_rank_that_skips_an_empty_batch_ends_the_step[replicas]",),
+    ),
+    Mutant(
+        "steps are not compared",
+        "engine/distributed/agreement.py",
+        "if high != -low:",
+        "if high != -low and what != 'step':",
+        (OUT_OF_STEP + "test_a_rank_that_counts_a_step_more_ends_all[whole-0]",),
+    ),
+    Mutant(
+        "streams of noise are not compared",
+        "engine/step.py",
+        '"noise (stream)": stream',
+        '"noise (stream)": 0',
+        (OUT_OF_STEP + "test_a_rank_whose_noise_would_be_of_another_stream_ends_all[replicas]",),
     ),
 ]

@@ -1,0 +1,110 @@
+"""Loops on several ranks that go wrong on one of them. Every function is called on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from synthward import PrivacyEngine
+from synthward.engine import KeySchedule, PrivateTrainer
+from synthward.engine.distributed.ranks import Ranks
+from synthward.engine.errors import SynthwardError
+from tests.distributed.cases import spread, whole
+from tests.privacy.harness import make_plan
+from tests.privacy.rank_scenes import NOISY, network, pass_over, records, trainer_of
+
+# Of four units at a rate of a half: the draws of this seed's key are [1] and [0, 1], so that of two ranks the second
+# has nothing of the first draw, and unit 1 of the second draw.
+SEED_OF_EMPTY = 0
+
+
+def outcome(module: nn.Module, before: np.ndarray, error: SynthwardError | None) -> dict[str, Any]:
+    """The error's class and text, and how far parameters moved from `before`."""
+    moved = float(np.abs(parameters_of(module) - before).max())
+    return {"kind": type(error).__name__ if error else "", "text": str(error or ""), "moved": moved}
+
+
+def parameters_of(module: nn.Module) -> np.ndarray:
+    return np.concatenate([whole(p).ravel().astype(np.float64) for p in module.parameters()])
+
+
+def engine_over(
+    module: nn.Module, data: TensorDataset, *, seed: int | None = None, **settings: Any
+) -> tuple[Any, Any, PrivacyEngine]:
+    """Optimizer and loader of a module that was made private, without noise unless it is asked for."""
+    engine = PrivacyEngine(seed=seed)
+    wanted = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "loss_reduction": "sum", **settings}
+    _, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        data_loader=DataLoader(data, batch_size=2),
+        **wanted,
+    )
+    return optimizer, loader, engine
+
+
+def units_of_their_own(count: int) -> TensorDataset:
+    """Each has a coordinate of the gradient for itself, and is clipped."""
+    return TensorDataset(100.0 * torch.eye(count), torch.zeros(count))
+
+
+def skips_empty_batches(how: str) -> dict[str, Any]:
+    """A loop that leaves batches without rows out, as many do."""
+    module: nn.Module = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+    spread(module, how)
+    settings = {"sample_rate": 0.5, "expected_batch_size": 1.0}
+    optimizer, loader, _ = engine_over(module, units_of_their_own(4), seed=SEED_OF_EMPTY, **settings)
+    before, draws = parameters_of(module), []
+    try:
+        for x, _ in loader:
+            if not len(x):
+                continue
+            draws.append(loader.draw.index)
+            optimizer.zero_grad()
+            module(x).sum().backward()
+            optimizer.step()
+            break
+    except SynthwardError as error:
+        return {"draws": draws, **outcome(module, before, error)}
+    return {"draws": draws, **outcome(module, before, None)}
+
+
+def counts_a_step_more(how: str, rank: int) -> dict[str, Any]:
+    """One rank is at its third step, the other at its second."""
+    module = network(how)
+    trainer = trainer_of(module, **NOISY)
+    pass_over(trainer, module, records(2))
+    trainer.apply()
+    before, error = parameters_of(module), None
+    if dist.get_rank() == rank:
+        trainer.advance_to(2)
+    try:
+        pass_over(trainer, module, records(2))
+        trainer.apply()
+    except SynthwardError as raised:
+        error = raised
+    return outcome(module, before, error)
+
+
+def noise_of_another_stream(how: str) -> dict[str, Any]:
+    """Rank 0 has trained alone under the same key before: its noise would come from another stream than that of the
+    others, whose stream that training has used."""
+    keys = KeySchedule.shared(Ranks.current())
+    if dist.get_rank() == 0:
+        alone = nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        PrivateTrainer(alone, optimizer, make_plan(**NOISY), keys=keys, ranks=Ranks.alone()).apply()
+    module = network(how)
+    trainer = trainer_of(module, keys=keys, **NOISY)
+    before = parameters_of(module)
+    try:
+        trainer.apply()
+    except SynthwardError as error:
+        return outcome(module, before, error)
+    return outcome(module, before, None)
