@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,6 @@ def describe() -> dict[str, Any]:
         model = next(
             (x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), model
         )
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -39,8 +34,19 @@ def describe() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": versions,
+        "versions": versions(PACKAGES),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Installed versions; None where there is none."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def machine_name() -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# In the order in which they are measured.
+NAMES = ("correctness", "ceilings", "kernels", "noise", "steps", "peers", "sampling")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Job:
 class Section:
     """Jobs that belong together, and the few lines that say what they found.
 
-    `parallel` processes run the jobs of a section that times nothing.
+    `parallel`: how many processes may run its jobs at once; one where anything is timed.
     """
 
     name: str
@@ -42,3 +46,10 @@ class Section:
     jobs: Callable[[Options], list[Job]]
     table: Callable[[dict[str, dict[str, Any]]], str]
     parallel: int = 1
+
+
+def load(name: str) -> Section:
+    """The section of that name; a name with a dot is that of a module that has one."""
+    section = importlib.import_module(name if "." in name else f"benchmarks.gpu.{name}").SECTION
+    assert isinstance(section, Section)
+    return section
