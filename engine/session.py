@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from synthward.engine.capture import Batch, current_task, uncompiled
+from synthward.engine.capture import Batch, current_task
+from synthward.engine.compilers import check_uncompiled
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
@@ -111,6 +112,7 @@ class PrivateSession:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             owner = session()
             if owner is not None and module is owner.core.module:
+                check_uncompiled()
                 owner._enter(args, kwargs)
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -123,9 +125,8 @@ class PrivateSession:
             if owner is not None:
                 owner._finish()
 
-        # A compiler that was put around the module would trace them, too.
-        self.core.module.register_forward_pre_hook(uncompiled(enter), with_kwargs=True)
-        self.core.module.register_forward_hook(uncompiled(leave), with_kwargs=True, always_call=True)
+        self.core.module.register_forward_pre_hook(enter, with_kwargs=True)
+        self.core.module.register_forward_hook(leave, with_kwargs=True, always_call=True)
         self.core.state.anchor.register_post_accumulate_grad_hook(finish)  # type: ignore[no-untyped-call]
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
+from synthward.engine.compilers import as_written, take_out
 from synthward.engine.contributions import Contributions, Groups
 from synthward.engine.distributed.agreement import check_agreement, check_in_step
 from synthward.engine.distributed.exchange import sum_over
@@ -53,6 +54,7 @@ class DPStep:
         ranks: Ranks | None = None,
     ) -> None:
         check_modules(module)
+        take_out(module)
         noise.check(clip)
         keep_freed_memory()
         self.ranks = Ranks.current() if ranks is None else ranks
@@ -87,7 +89,7 @@ class DPStep:
         assert self.state.mode is not None
         try:
             # A compiled module would hide its calls from the capture: inside, it runs as it was written.
-            with torch.compiler.set_stance("force_eager"), self.state.mode:
+            with as_written(), self.state.mode:
                 yield
         finally:
             self.state.provenance.clear()
