@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from synthward import PrivacyEngine
 from synthward.engine.errors import ConfigError
-from tests.engine.test_compiled import NETS, assert_same, module_of, pair, take, trainer_of
+from tests.engine.recorded import NETS, assert_same, module_of, pair, take, trainer_of
 
 X, Y = torch.randn(8, 6), torch.randn(8, 2)
 pytestmark = [

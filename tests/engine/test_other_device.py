@@ -22,7 +22,7 @@ from synthward.engine.tracing import TracedPass, trace_pass
 from synthward.run.decoder import Decoder, DecoderShape
 from synthward.run.decoder import row_losses as decoder_losses
 from tests.engine.nets import row_losses
-from tests.engine.test_compiled import CLIPS, NETS, trainer_of
+from tests.engine.recorded import CLIPS, NETS, trainer_of
 
 META = torch.device("meta")
 # Of a GPU, about.

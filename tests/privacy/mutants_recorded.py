@@ -69,7 +69,7 @@ RECORDINGS = [
         "engine/fusing.py",
         "    _compare(graph, run, given, flat_at)",
         "    pass",
-        (COMPILED + "test_a_compiler_that_errs_is_noticed",),
+        ("tests/engine/test_fused.py::test_a_compiler_that_errs_is_noticed",),
     ),
     Mutant(
         "checkpoints draw other random numbers",

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from synthward.engine.errors import PrivacyError, UnsupportedOperationError
 from synthward.kernels import add_gaussian_noise_
-from tests.engine.test_compiled import NETS, ROUNDS, module_of, pair, record, trainer_of
+from tests.engine.recorded import NETS, ROUNDS, module_of, pair, record, trainer_of
 
 KEY = bytes(range(32))
 
