@@ -34,11 +34,13 @@ from synthward.kernels.normalize import layer_norm_backward as _layer_norm_backw
 from synthward.kernels.outer import outer_sq_norms as _outer_sq_norms
 from synthward.kernels.outer import outer_weighted_sum as _outer_weighted_sum
 from synthward.kernels.outer import scale_rows as _scale_rows
+from synthward.kernels.outer.dense import EXACT_TERMS as EXACT_TERMS
 from synthward.kernels.outer.dense import SUM_BLOCK as SUM_BLOCK
 from synthward.kernels.outer.dense import outer_norms as _outer_norms
 from synthward.kernels.outer.dense import outer_sum as _outer_sum
 from synthward.kernels.outer.dense import outer_unit_grads as _outer_unit_grads
 from synthward.kernels.outer.dense import rank1_norms as _rank1_norms
+from synthward.kernels.outer.dense import rounding_of as rounding_of
 from synthward.kernels.outer.dense import sum_chain as sum_chain
 from synthward.kernels.product import product as _product
 from synthward.kernels.scatter import scatter_sq_norms as _scatter_sq_norms

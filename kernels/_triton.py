@@ -61,6 +61,17 @@ def exact_dot(x, y, acc):
 
 
 @triton.jit
+def to_bf16(x):
+    """The nearest bf16, ties to even."""
+    if _INTERPRETED:
+        # The interpreter cuts digits off; so they are made zeros before.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(tl.abs(x) < float("inf"), nearest.to(tl.float32, bitcast=True), x)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
 def segment(offsets_ptr, unit, rows):
     """First row of a unit and the row after its last, int64, never outside the matrix whatever offsets hold."""
     first = tl.minimum(tl.maximum(tl.load(offsets_ptr + unit), 0), rows).to(tl.int64)

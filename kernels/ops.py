@@ -177,10 +177,18 @@ def outer_sum(
     row_weights: Tensor,
     out: Tensor,
     bias: Tensor | None = None,
+    terms: int = 3,
+    run: int | None = None,
     backend: str = "auto",
 ) -> None:
-    who = cast(Backend, backend)
-    kernels.outer_sum(activations, output_grads, row_weights, out=out, bias=bias, backend=who)
+    kernels.outer_sum(
+        *(activations, output_grads, row_weights),
+        out=out,
+        bias=bias,
+        terms=terms,
+        run=run,
+        backend=cast(Backend, backend),
+    )
 
 
 @custom_op("synthward::diagonal_sq_norms", mutates_args=("out",))

@@ -14,12 +14,25 @@ from torch import Tensor
 from synthward import _C
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, choose, maybe_view, threads, view, written
-from synthward.kernels.outer.reference import scale_rows
+from synthward.kernels.outer import library
+from synthward.kernels.outer.reference import in_bf16, scale_rows
 
 Method = Literal["gram", "tile"]
 
 # Products in one chain of additions, and chains that are added up (BLOCK in csrc/core/gemm.inl).
 SUM_BLOCK = 128
+
+
+# Bfloat16 that hold a float32, and what fewer of them are off by, relative to it: to the nearest of 8 bits, again and
+# again (and once before, by the product with the weight).
+EXACT_TERMS = 3
+_ROUNDING = {1: 2.0**-8 + 2.0**-23, 2: 2.0**-16 + 2.0**-23, EXACT_TERMS: 0.0}
+
+
+def rounding_of(terms: int) -> float:
+    """What each coordinate of a row ``w_n g_n`` is off by at most, relative to itself, in `outer_sum` with so many
+    `terms`; beyond the rounding of the product itself where they are three."""
+    return _ROUNDING[terms]
 
 
 @overload
@@ -166,14 +179,29 @@ def outer_sum(
     *,
     out: Tensor,
     bias: Tensor | None = None,
+    terms: int = EXACT_TERMS,
+    run: int | None = None,
     backend: Backend = "auto",
 ) -> None:
     """``out += sum_n w_n g_n a_n^T`` [p, d], the weight applied while the product reads its operand.
 
-    activations [N, d], output_grads [N, p], row_weights float32 [N], out float32 [p, d]; ``bias`` float32 [p], if
-    given, gets ``sum_n w_n g_n`` on the way. A row of weight zero is not read, whatever it holds. The order of the
-    additions depends on the shapes alone. A float64 ``out`` (and bias) is summed in float64.
+    A row of weight zero adds nothing, whatever it holds. The order of the additions depends on the shapes, and for
+    operands of half precision on a GPU on which rows have equal weights. A float64 `out` (and bias) is summed in
+    float64.
+
+    Args:
+        activations: [N, d].
+        output_grads: [N, p].
+        row_weights: float32 [N].
+        out: float32 [p, d], accumulated into.
+        bias: float32 [p] or None; gets ``sum_n w_n g_n`` on the way.
+        terms: 1, 2 or 3 bfloat16 that a row ``w_n g_n`` of bfloat16 gradients is held in; three hold all its bits, one
+            is off by ``rounding_of(terms)``. Operands of other types are never rounded.
+        run: how many rows in a row have one weight, if that is known. A hint: on a GPU it saves looking for them.
+        backend: who executes.
     """
+    if terms not in _ROUNDING:
+        raise ValueError(f"terms: got {terms!r}, expected 1, 2 or 3")
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")
     _check.same_rows(output_grads, len(activations), "output_grads")
@@ -185,9 +213,13 @@ def outer_sum(
     if chosen == "shapes":
         return
     if chosen == "triton":
+        by_library = backend == "auto" and activations.dtype == output_grads.dtype == torch.float32
+        if by_library and library.pays(len(activations), activations.shape[1], output_grads.shape[1]):
+            library.outer_sum(activations, output_grads, row_weights, out, bias)
+            return
         from synthward.kernels.outer import triton_impl
 
-        triton_impl.outer_sum(activations, output_grads, row_weights, out, bias)
+        triton_impl.outer_sum(activations, output_grads, row_weights, out, bias, terms=terms, run=run)
         return
     if chosen == "cpp":
         arrays = (view(activations), view(output_grads), view(row_weights), view(out), maybe_view(bias))
@@ -196,9 +228,11 @@ def outer_sum(
         return
     ones = (row_weights != 0).to(row_weights.dtype)
     g = scale_rows(output_grads.to(out.dtype), row_weights)
-    out.addmm_(g.t(), scale_rows(activations.to(out.dtype), ones))
     if bias is not None:
         bias += g.sum(0)
+    if terms < EXACT_TERMS and activations.dtype == output_grads.dtype == torch.bfloat16:
+        g = in_bf16(g, terms)
+    out.addmm_(g.t(), scale_rows(activations.to(out.dtype), ones))
 
 
 def _check_units(activations: Tensor, output_grads: Tensor, offsets: Tensor) -> int:

@@ -36,3 +36,11 @@ def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:
     wide = rows if rows.dtype == torch.float64 else rows.float()
     scaled = wide * row_weights.to(wide.dtype).unsqueeze(1)
     return torch.where((row_weights == 0).unsqueeze(1), torch.zeros_like(scaled), scaled)
+
+
+def in_bf16(rows: Tensor, terms: int) -> Tensor:
+    """`rows` as sums of so many bfloat16, each the nearest to what those before it left."""
+    held = torch.zeros_like(rows)
+    for _ in range(terms):
+        held += (rows - held).bfloat16().to(rows.dtype)
+    return held

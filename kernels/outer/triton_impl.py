@@ -22,12 +22,12 @@ from synthward.kernels._triton import (
     ceil_div,
     exact_dot,
     on,
-    processors,
     segment,
     slot_rows,
     slots,
 )
-from synthward.kernels.diagonal.triton_impl import diagonal_weighted_sum
+from synthward.kernels.outer.triton_sum import outer_sum as outer_sum
+from synthward.kernels.outer.triton_sum import scale_rows as scale_rows
 
 
 class Blocks(NamedTuple):
@@ -167,86 +167,6 @@ def _tile_kernel(
     tl.store(partials_ptr + work, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
 
 
-@triton.jit
-def _sum_kernel(
-    a_ptr, g_ptr, weights_ptr, out_ptr, fragments_ptr, rows, d, p, across, steps, total, share,
-    BP: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """An equal share of all (output tile, rows) steps; tiles that are shared go to `fragments`, others to `out`."""
-    program = tl.program_id(0).to(tl.int64)
-    at = program * share
-    end = tl.minimum(at + share, total)
-    while at < end:
-        tile = at // steps
-        begin = at % steps
-        count = tl.minimum(steps - begin, end - at)
-        i = tile // across * BP + tl.arange(0, BP)
-        j = tile % across * BD + tl.arange(0, BD)
-        acc = tl.zeros((BP, BD), tl.float32)
-        for step in range(begin, begin + count):
-            n = step * BK + tl.arange(0, BK)
-            w = tl.load(weights_ptr + n, mask=n < rows, other=0.0)
-            # A row of weight zero is not read: what it holds may not be finite.
-            live = w != 0.0
-            g = tl.load(
-                g_ptr + n[None, :] * p + i[:, None], mask=live & (i[:, None] < p), other=0.0
-            )  # [BP, BK]
-            a = tl.load(a_ptr + n[:, None] * d + j, mask=live[:, None] & (j < d), other=0.0)  # [BK, BD]
-            scaled = g.to(tl.float32) * w
-            if SPLIT:
-                # Three bf16 hold all 24 bits of the scaled gradient, so that every product is exact.
-                high = scaled.to(tl.bfloat16)
-                rest = scaled - high.to(tl.float32)
-                middle = rest.to(tl.bfloat16)
-                low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-                acc = exact_dot(low, a, acc)
-                acc = exact_dot(middle, a, acc)
-                acc = exact_dot(high, a, acc)
-            else:
-                acc = exact_dot(scaled, a.to(tl.float32), acc)
-        if count == steps:
-            target = out_ptr + i.to(tl.int64)[:, None] * d + j
-            inside = (i[:, None] < p) & (j < d)
-            tl.store(target, tl.load(target, mask=inside, other=0.0) + acc, mask=inside)
-        else:
-            fragment = 2 * program + (begin == 0).to(tl.int64)
-            place = tl.arange(0, BP)[:, None] * BD + tl.arange(0, BD)
-            tl.store(fragments_ptr + fragment * (BP * BD) + place, acc)
-        at += count
-
-
-@triton.jit
-def _join_kernel(
-    fragments_ptr, out_ptr, d, p, across, steps, share, BP: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    """Add the fragments of one output tile, in the order of its rows."""
-    tile = tl.program_id(0).to(tl.int64)
-    begin = tile * steps
-    first = begin // share
-    last = (begin + steps - 1) // share
-    if first != last:
-        acc = tl.zeros((BP, BD), tl.float32)
-        place = tl.arange(0, BP)[:, None] * BD + tl.arange(0, BD)
-        for program in range(first, last + 1):
-            fragment = 2 * program + (program * share <= begin).to(tl.int64)
-            acc += tl.load(fragments_ptr + fragment * (BP * BD) + place)
-        i = tile // across * BP + tl.arange(0, BP)
-        j = tile % across * BD + tl.arange(0, BD)
-        inside = (i[:, None] < p) & (j < d)
-        target = out_ptr + i.to(tl.int64)[:, None] * d + j
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + acc, mask=inside)
-
-
-@triton.jit
-def _scale_kernel(x_ptr, weights_ptr, out_ptr, total, width, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < total
-    w = tl.load(weights_ptr + place // width, mask=inside, other=0.0)
-    x = tl.load(x_ptr + place, mask=inside & (w != 0.0), other=0.0)
-    scaled = x.to(tl.float32) * w
-    tl.store(out_ptr + place, tl.where(w != 0.0, scaled, tl.zeros_like(scaled)), mask=inside)
-
-
 def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor) -> None:
     """By the cheapest way at the units' mean length, which the shapes tell; lengths stay on the device."""
     a, g = _pair(activations, output_grads)
@@ -329,65 +249,6 @@ def tile_norms(
         add_totals(sq_norms, partials)
         _add_row_sums(a, g, offsets, row_sums)
     written(sq_norms, row_sums)
-
-
-def outer_sum(
-    activations: Tensor, output_grads: Tensor, row_weights: Tensor, out: Tensor, bias: Tensor | None = None
-) -> None:
-    """``out += sum_n w_n g_n a_n^T``: equal shares of the work for every processor (stream-K), then the seams.
-
-    ``bias += sum_n w_n g_n``, if given, by a pass of its own over the output gradients.
-    """
-    a, g = _pair(activations, output_grads)
-    rows, d, p = len(a), a.shape[1], g.shape[1]
-    if bias is not None:
-        diagonal_weighted_sum(g, row_weights, None, bias)
-    if 0 in (rows, d, p):
-        return
-    shape = gradient_blocks(a.element_size(), d, p)
-    across, steps = ceil_div(d, shape.d), ceil_div(rows, shape.rows)
-    tiles = ceil_div(p, shape.p) * across
-    share = ceil_div(tiles * steps, processors(a) * 2)
-    programs = ceil_div(tiles * steps, share)
-    with on(a):
-        fragments = torch.empty(2 * programs * shape.p * shape.d, dtype=torch.float32, device=a.device)
-        _sum_kernel[(programs,)](
-            *(
-                a,
-                g,
-                row_weights.contiguous(),
-                out,
-                fragments,
-                rows,
-                d,
-                p,
-                across,
-                steps,
-                tiles * steps,
-                share,
-            ),
-            BP=shape.p,
-            BD=shape.d,
-            BK=shape.rows,
-            SPLIT=a.dtype == torch.bfloat16,
-            num_warps=shape.warps,
-            num_stages=shape.stages,
-            **FUSED,
-        )
-        _join_kernel[(tiles,)](fragments, out, d, p, across, steps, share, BP=shape.p, BD=shape.d, **FUSED)
-    written(out)
-
-
-def scale_rows(rows: Tensor, row_weights: Tensor) -> Tensor:
-    """As `synthward.kernels.scale_rows`."""
-    x = rows.contiguous()
-    out = torch.empty_like(x, dtype=torch.float32)
-    if out.numel():
-        with on(x):
-            _scale_kernel[(ceil_div(x.numel(), 1024),)](
-                x, row_weights.contiguous(), out, x.numel(), x.shape[1], BLOCK=1024, **FUSED
-            )
-    return out
 
 
 def _pair(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 H200 = GPUTarget("cuda", 90, 32)
 MODULES = [
     "_triton",
+    "outer.triton_sum",
     *(
         f"{name}.triton_impl"
         for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "discrete", "update")
@@ -37,7 +38,7 @@ TAKE_X = {
 }
 POINTERS = {
     **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr", "integers_ptr"), "*i64"),
-    **dict.fromkeys(("slots_ptr", "out_words_ptr"), "*i32"),
+    **dict.fromkeys(("slots_ptr", "out_words_ptr", "kinds_ptr", "counts_ptr"), "*i32"),
     **dict.fromkeys(
         ("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr", "release_ptr"), "*fp64"
     ),
@@ -68,8 +69,12 @@ POINT = {
 }
 # Every row is a unit.
 NO_UNITS = dict.fromkeys(("offsets_ptr", "slots_ptr", "order_ptr", "scale_partials_ptr", "bias_partials_ptr"))
+# Blocks of rows as they come.
+UNSORTED = dict.fromkeys(("order_ptr", "shared_ptr", "counts_ptr"))
 # Noise that is not correlated over steps; and such as comes from taps alone.
 PLAIN, TAPS = {"numbers_ptr": None, "state_ptr": None}, {"state_ptr": None}
+# Elsewhere an order is one of rows, int64.
+BLOCK_NUMBERS = {("_order_kernel", "order_ptr"), ("_sum_kernel", "order_ptr")}
 FP32_PARTIALS = {"_sum_kernel", "_join_kernel"}
 # Compile-time arguments; a pointer that is None is one too. Both operand types where a kernel multiplies.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -86,8 +91,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "_gram_kernel": [{"BT": 16, "BK": 32}, {"BT": 64, "BK": 32, "num_warps": 8}],
     "_tile_kernel": [{"BP": 64, "BD": 64, "BT": 16, "grads_ptr": None}, {"BP": 16, "BD": 16, "BT": 32}],
-    "_sum_kernel": [{"BP": 64, "BD": 64, "BK": 16}, {"BP": 16, "BD": 16, "BK": 32}],
-    "_join_kernel": [{"BP": 64, "BD": 64}],
+    "_kinds_kernel": [{"BK": 64, "BLOCK": 32}],
+    "_order_kernel": [{"BK": 64, "BLOCK": 1024}],
+    "_sum_kernel": [
+        {"BP": 64, "BD": 64, "BK": 64, "TERMS": 3, "COST": 3, "fragments_ptr": None},
+        {"BP": 128, "BD": 256, "BK": 32, "TERMS": 1, "COST": 1, **UNSORTED, "num_warps": 8},
+        {"BP": 16, "BD": 16, "BK": 64, "TERMS": 2, "COST": 2, **UNSORTED},
+    ],
+    "_join_kernel": [{"BP": 64, "BD": 64, "BR": 8}],
     "_scale_kernel": [{"BLOCK": 1024}],
     "_conv_tile_kernel": [
         {"BO": 64, "BC": 64, "BT": 32, "SPAN": 128, **PADDED, "order_ptr": None, "grads_ptr": None},
@@ -169,8 +180,8 @@ def kernels() -> Iterator[tuple[str, Any]]:
 
 def compiled(name: str, kernel: Any, case: dict[str, Any], operands: dict[str, str]) -> dict[str, Any]:
     constants = {key: value for key, value in case.items() if key != "num_warps"}
-    if "SPLIT" in kernel.arg_names:
-        constants["SPLIT"] = bool(operands)
+    if "TERMS" in constants and not operands:
+        constants["TERMS"] = 0
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -183,6 +194,8 @@ def compiled(name: str, kernel: Any, case: dict[str, Any], operands: dict[str, s
             signature[argument] = "*fp32" if name in FP32_PARTIALS else "*fp64"
         else:
             signature[argument] = operands.get(argument) or POINTERS.get(argument, "*fp32")
+        if (name, argument) in BLOCK_NUMBERS and argument not in constants:
+            signature[argument] = "*i32"
     options = {
         "num_warps": case.get("num_warps", 4),
         "enable_fp_fusion": not {"k0", "grad_ptr"} & set(kernel.arg_names),

@@ -8,7 +8,7 @@ TESTS = "tests/kernels/test_triton.py::"
 NOISE = "tests/kernels/test_triton_noise.py::"
 CORRELATED = "tests/kernels/test_triton_correlated.py::"
 DISCRETE = "tests/kernels/test_triton_discrete.py::"
-OUTER = "kernels/outer/triton_impl.py"
+OUTER, OUTER_SUM = "kernels/outer/triton_impl.py", "kernels/outer/triton_sum.py"
 DIAGONAL = "kernels/diagonal/triton_impl.py"
 SCATTER = "kernels/scatter/triton_impl.py"
 UPDATE = "kernels/update/triton_impl.py"
@@ -17,7 +17,9 @@ GRAM = TESTS + "test_outer_norms[gram-17-31-ragged]"
 TILE = TESTS + "test_outer_norms[tile-17-31-ragged]"
 SINGLE = TESTS + "test_single_rows_give_norms_row_sums_and_squares"
 SUM = TESTS + "test_outer_sum[dtype0-13-17-33]"
-CUT_SUM = TESTS + "test_outer_sum[dtype0-131-150-20]"
+TRITON_SUM = "tests/kernels/test_triton_sum.py::"
+SORTED = TRITON_SUM + "test_sums_over_blocks_of_one_weight"
+CUT_SUM = TRITON_SUM + "test_parts_take_each_block_once[dtype0-3]"
 PLANNED = TESTS + "test_the_functions_that_the_engine_plans_with_come_here_too"
 
 TRITON = [
@@ -87,42 +89,84 @@ TRITON = [
     ),
     Mutant(
         "outer_sum: the last block of rows is not summed",
-        OUTER,
-        "w = tl.load(weights_ptr + n, mask=n < rows, other=0.0)",
-        "w = tl.load(weights_ptr + n, mask=n < rows // BK * BK, other=0.0)",
+        OUTER_SUM,
+        "w = tl.load(weights_ptr + n, mask=n < rows, other=0.0)\n        # What",
+        "w = tl.load(weights_ptr + n, mask=n < rows // BK * BK, other=0.0)\n        # What",
         (SUM,),
     ),
     Mutant(
         "outer_sum: the last columns are not summed",
-        OUTER,
-        "mask=live[:, None] & (j < d), other=0.0)  # [BK, BD]",
-        "mask=live[:, None] & (j < d - 1), other=0.0)  # [BK, BD]",
+        OUTER_SUM,
+        "mask=live[:, None] & (j < a_stride)[None, :], other=0.0)",
+        "mask=live[:, None] & (j < a_stride - 1)[None, :], other=0.0)",
         (SUM,),
     ),
     Mutant(
-        "outer_sum: the last share of a tile is lost",
-        OUTER,
-        "for program in range(first, last + 1):",
-        "for program in range(first, last):",
+        "outer_sum: the last part of a tile is lost",
+        OUTER_SUM,
+        "for part in range(parts):",
+        "for part in range(parts - 1):",
         (CUT_SUM,),
     ),
     Mutant(
         "outer_sum: the bias is not summed",
-        OUTER,
-        "        diagonal_weighted_sum(g, row_weights, None, bias)\n",
+        OUTER_SUM,
+        "        diagonal_weighted_sum(output_grads.contiguous(), row_weights, None, bias)\n",
         "        pass\n",
         (PLANNED,),
     ),
     Mutant(
         "outer_sum: rows are not weighted",
-        OUTER,
-        "scaled = g.to(tl.float32) * w\n",
-        "scaled = g.to(tl.float32)\n",
+        OUTER_SUM,
+        "g.to(tl.float32) * w[None, :], 0.0)",
+        "g.to(tl.float32), 0.0)",
         (SUM,),
     ),
     Mutant(
+        "outer_sum: rows of weight zero are summed",
+        OUTER_SUM,
+        "scaled = tl.where(live[None, :], g.to(tl.float32) * w[None, :], 0.0)",
+        "scaled = g.to(tl.float32) * w[None, :]",
+        (SUM,),
+    ),
+    Mutant(
+        "outer_sum: blocks of one weight are weighted by the next one's",
+        OUTER_SUM,
+        "total += w * acc",
+        "total += following * acc",
+        (SORTED + "[dtype1-3-units of two blocks]",),
+    ),
+    Mutant(
+        "outer_sum: a block counts as one of one weight if its first two rows do",
+        OUTER_SUM,
+        "axis=1) == BK",
+        "axis=1) > 1",
+        (SORTED + "[dtype1-3-units across blocks]",),
+    ),
+    Mutant(
+        "outer_sum: what was added up is not forgotten when the weight changes",
+        OUTER_SUM,
+        "                acc = tl.zeros((BP, BD), tl.float32)\n    # A mixed",
+        "    # A mixed",
+        (SORTED + "[dtype1-3-units of two blocks]",),
+    ),
+    Mutant(
+        "outer_sum: a mixed block on a seam is taken twice",
+        OUTER_SUM,
+        "first = tl.cdiv(tl.maximum(begin - shared, 0), COST)",
+        "first = tl.maximum(begin - shared, 0) // COST",
+        (TRITON_SUM + "test_parts_take_each_block_once",),
+    ),
+    Mutant(
+        "outer_sum: three bf16 are two",
+        OUTER_SUM,
+        "            if TERMS > 2:\n",
+        "            if TERMS > 3:\n",
+        (TRITON_SUM + "test_rounding_is_what_was_asked_for[3]",),
+    ),
+    Mutant(
         "scaled rows: the last elements are not written",
-        OUTER,
+        OUTER_SUM,
         "    inside = place < total\n",
         "    inside = place < total // 16 * 16\n",
         (TESTS + "test_scaled_rows[dtype0]",),
