@@ -452,7 +452,7 @@ class Contributions:
             )
         key = (index, id(layout))
         if key not in self._weights:
-            weights = Weights(layout.to_rows(factors))
+            weights = Weights(layout.to_rows(factors), layout.rows_per_unit)
             self._weights[key] = (layout, weights)
         weights = self._weights[key][1]
         if isinstance(use, OuterUse) and id(use.output_grads) in self._biases:

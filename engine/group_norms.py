@@ -53,9 +53,9 @@ class GroupNorms:
         for key, pairs in self._pairs.items():
             product, formed = self._chains[key]
             squares, row_sums = torch.stack(pairs, 1)
-            error = formed_error(formed, squares, row_sums)
-            if product is not None:
-                error = error + product_error(product, row_sums)
+            error = torch.zeros_like(squares) if product is None else product_error(product, row_sums)
+            # The gradient itself may be longer than the norm that was taken.
+            error = error + formed_error(formed, squares + error, row_sums)
             sq_norms.append(squares.sum(0))
             errors.append(error.sum(0))
         if len(sq_norms) == 2:

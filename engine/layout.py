@@ -196,8 +196,10 @@ class Layout:
         """Rows [num_rows] or [num_rows, p], in the batch's own order, added up per unit: [U] or [U, p].
 
         `factors` [num_rows] multiply rows [num_rows, p]. The result may be `rows` itself where each is a
-        unit.
+        unit; sums of rows of half precision are fp32.
         """
+        if not self.is_single and rows.is_floating_point() and rows.element_size() == 2:
+            rows = rows.float()
         if self.rows_per_unit is not None and rows.dim() == 2 and not self.is_single:
             # A product with a row of ones or factors: faster than a sum over the middle axis.
             if factors is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synthward.engine.layout import Layout
 from synthward.engine.rates import Rates, measured_rates
-from synthward.engine.rules.uses import DiagonalUse, ScatterUse, Use, Way
+from synthward.engine.rules.uses import DiagonalUse, OuterUse, ScatterUse, Use, Way
 from synthward.engine.spec import PerfSpec
 
 # Of what the forward pass keeps, and so of less than the plain step's peak, what per-unit gradients may take.
@@ -92,6 +92,8 @@ class Planner:
         self, use: Use, layout: Layout, position: int, *, may_keep: bool = True
     ) -> tuple[Use, Layout]:
         """The use with its method chosen; materialised ones come back as rows of the units."""
+        if isinstance(use, OuterUse):
+            use = use.summed(self.perf.half_sums, layout)
         if not hasattr(use, "ways"):
             self._note(position, Way(_family(use), 0.0, 0.0, 0.0))
             return use, layout

@@ -126,6 +126,7 @@ class NoiseSpec:
 
 KEEPS = ("full", "bf16", "recompute")
 PRODUCTS = ("auto", "library", "own")
+HALF_SUMS = ("auto", "exact", "rounded")
 METHODS = ("auto", "rank-1", "gram", "tile", "materialise")
 
 
@@ -144,12 +145,18 @@ class PerfSpec:
             how norms are taken, and with it all clip factors by their rounding bounds (1e-5 and less).
         products: who multiplies in the forward pass and for input gradients of linear layers on a CPU: "library"
             (torch's), "own" (the compiled kernel), or "auto", the one that was measured to be faster.
+        half_sums: how the clipped sum of linear weights takes bfloat16 operands on the tensor cores, which multiply
+            bfloat16. "exact": a clipped gradient keeps all its bits (three products for one, where units have few
+            rows). "rounded": it is rounded to bfloat16 once (one product), and each unit's norm grows by 2^-8 of the
+            sum of its rows' own norms, which covers that. "auto": on a GPU rounded where units have one row (a norm
+            grows by 0.4 percent) and held in two bfloat16 elsewhere (2^-16); exact on a CPU. fp16 is never rounded.
     """
 
     keep: str = "full"
     method: str = "auto"
     materialise_bytes: int | None = None
     products: str = "auto"
+    half_sums: str = "auto"
 
     def __post_init__(self) -> None:
         if self.keep not in KEEPS:
@@ -158,6 +165,8 @@ class PerfSpec:
             raise ConfigError(f"method: got {self.method!r}; choose one of {', '.join(METHODS)}")
         if self.products not in PRODUCTS:
             raise ConfigError(f"products: got {self.products!r}; choose one of {', '.join(PRODUCTS)}")
+        if self.half_sums not in HALF_SUMS:
+            raise ConfigError(f"half_sums: got {self.half_sums!r}; choose one of {', '.join(HALF_SUMS)}")
         if self.materialise_bytes is not None and self.materialise_bytes < 0:
             raise ConfigError("materialise_bytes: give a number of bytes of at least 0")
 

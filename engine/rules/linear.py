@@ -12,6 +12,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.provenance import Target
 from synthward.engine.rules.outputs import owned
+from synthward.engine.rules.row_values import measured_type
 from synthward.engine.rules.uses import DiagonalRows, OuterUse, Use, diagonal_use
 
 
@@ -37,10 +38,12 @@ class _Linear(torch.autograd.Function):
         ctx.state.refuse_double("linear")
         x, weight = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
-        g = grad.reshape(-1, grad.shape[-1]).float().contiguous()
+        dtype = measured_type(grad)
+        g = grad.reshape(-1, grad.shape[-1]).to(dtype).contiguous()
         uses: list[tuple[Target, Use | DiagonalRows]] = []
         if weight_at is not None:
-            a = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+            # As autocast takes it.
+            a = x.detach().reshape(-1, x.shape[-1]).to(dtype).contiguous()
             # What has a gradient function of its own was computed on the way; the rest may be the caller's
             # data.
             is_shared = x.grad_fn is None or x._is_view()

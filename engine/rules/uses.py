@@ -7,6 +7,7 @@ form the gradients of a few units (`unit_grads`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from synthward.engine.capture import CaptureState
-from synthward.engine.clipping import SMALLEST_NORMAL
+from synthward.engine.clipping import SMALLEST_NORMAL, UNIT_ROUNDOFF
 from synthward.engine.layout import Layout, Length, longer
 from synthward.engine.provenance import Part as Part
+from synthward.engine.rules.row_values import Norms as Norms
+from synthward.engine.rules.row_values import Weights as Weights
 from synthward.kernels import (
-    diagonal_sq_norms,
+    EXACT_TERMS,
     diagonal_weighted_sum,
     is_shape,
     is_tracing,
@@ -29,6 +32,7 @@ from synthward.kernels import (
     outer_sum,
     outer_unit_grads,
     rank1_norms,
+    rounding_of,
     scatter_sq_norms,
     scatter_weighted_sum,
     sum_chain,
@@ -38,27 +42,6 @@ from synthward.kernels import (
 _SMALL_GRAM = 16
 # Rows that the compiled products of pairs are padded to.
 _GRAM_SIDE = 32
-
-
-class Norms:
-    """Norms of rows, each taken once per kept tensor and backward pass."""
-
-    def __init__(self) -> None:
-        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def squares(self, rows: Tensor) -> Tensor:
-        """Squared L2 norm of each row of `rows` [N, p], float32 [N]."""
-        if id(rows) not in self._squares:
-            self.note_squares(rows, diagonal_sq_norms(rows))
-        return self._squares[id(rows)][1]
-
-    def note_squares(self, rows: Tensor, squares: Tensor) -> None:
-        """They came with something else."""
-        self._squares[id(rows)] = (rows, squares)
-
-    def rows(self, rows: Tensor) -> Tensor:
-        """L2 norm of each row of `rows` [N, p], float32 [N]; not below it where the square underflows."""
-        return self.squares(rows).add(SMALLEST_NORMAL).sqrt()
 
 
 def _is_small(layout: Layout) -> bool:
@@ -77,16 +60,6 @@ def is_compiled(*tensors: Tensor) -> bool:
 def _place(tensor: Tensor) -> str:
     is_planned = is_shape(tensor) and not is_tracing()
     return planned_device.get() if is_planned else tensor.device.type
-
-
-class Weights:
-    """Weight of each row in the released sum, float32 [N]. A row of weight zero is not there: the units whose norm
-    is not finite have it, and 0 * inf would be NaN in a product, so it goes by choice and not by multiplication."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        # Sums of rows that a product gives on its way, by the rows' tensor: wanted (None), then found.
-        self.row_totals: dict[int, Tensor | None] = {}
 
 
 @dataclass(frozen=True)
@@ -136,6 +109,7 @@ class OuterUse:
     `is_shared`: the activations may be memory that the caller goes on using (a batch of records).
     `method`: the way to the norm where a unit has several rows; None for the usual one.
     `with_bias`: the norm is that of weight and bias together (`BiasOfOuter` is then the bias' use).
+    `terms`: what the sum holds a scaled row of bfloat16 in (`synthward.kernels.outer_sum`).
     """
 
     activations: Tensor
@@ -143,10 +117,16 @@ class OuterUse:
     is_shared: bool = True
     method: str | None = None
     with_bias: bool = False
+    terms: int = EXACT_TERMS
 
     @property
     def rows(self) -> int:
         return len(self.activations)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the sum may round what it adds up."""
+        return self.activations.dtype == self.output_grads.dtype == torch.bfloat16
 
     @property
     def is_formed(self) -> bool:
@@ -157,11 +137,18 @@ class OuterUse:
         if layout.is_single or _is_small(layout):
             return 1
         if self.is_formed:
-            return self.released_chain(layout)
+            return self._sum_chain(layout)
         width = a.shape[1] + int(self.with_bias)
         return sum_chain(max(width, g.shape[1]), compiled=is_compiled(a, g))
 
     def released_chain(self, layout: Layout) -> Length:
+        chain, rounding = self._sum_chain(layout), rounding_of(self.terms) if self.is_half else 0.0
+        if rounding == 0.0:
+            return chain
+        # Each row is off by its rounding, as if by so many additions; and what is added up is longer by as much.
+        return chain + chain // 64 + math.ceil(rounding / UNIT_ROUNDOFF) + 2
+
+    def _sum_chain(self, layout: Layout) -> Length:
         return sum_chain(layout.lengths, compiled=is_compiled(self.activations, self.output_grads))
 
     @property
@@ -186,7 +173,13 @@ class OuterUse:
     def add_weighted_sum(self, weights: Weights, out: Tensor) -> None:
         a, g = self.activations, self.output_grads
         total = out.new_zeros(g.shape[1]) if id(g) in weights.row_totals else None
-        outer_sum(a, g, weights.rows, out=out.view(g.shape[1], a.shape[1]), bias=total)
+        outer_sum(
+            *(a, g, weights.rows),
+            out=out.view(g.shape[1], a.shape[1]),
+            bias=total,
+            terms=self.terms,
+            run=weights.run,
+        )
         if total is not None:
             weights.row_totals[id(g)] = total
 
@@ -214,6 +207,14 @@ class OuterUse:
 
     def by(self, method: str) -> OuterUse:
         return replace(self, method=method, with_bias=self.with_bias and method == "gram")
+
+    def summed(self, half_sums: str, layout: Layout) -> OuterUse:
+        """This use, added up as `PerfSpec.half_sums` says; before its norm is taken, which covers the rounding."""
+        if not self.is_half or half_sums == "exact":
+            return self
+        if half_sums == "auto" and _place(self.activations) != "cuda":
+            return self
+        return replace(self, terms=1 if half_sums == "rounded" or layout.is_single else 2)
 
     def can_take_bias(self, layout: Layout) -> bool:
         """Whether products of pairs of rows, which the norm would come from, tell the bias' norm on their way."""

@@ -9,7 +9,7 @@ import torch
 
 from synthward.engine import PerfSpec
 from synthward.engine.precision import _PLACES, exact_products
-from synthward.engine.rules import uses
+from synthward.engine.rules import row_values, uses
 from tests.engine.nets import Mixed, accumulate, make_trainer, mixed_inputs
 
 
@@ -32,9 +32,11 @@ def test_norms_and_sums_are_exact_and_the_network_is_not(settings, monkeypatch, 
     torch.set_float32_matmul_precision("medium")
     before, found = seen(), []
     assert "bf16" in before and "tf32" in before
-    for name in ("outer_sq_norms", "outer_norms", "outer_sum", "diagonal_sq_norms", "scatter_weighted_sum"):
-        real = getattr(uses, name)
-        monkeypatch.setattr(uses, name, lambda *a, real=real, **k: (found.append(seen()), real(*a, **k))[1])
+    names = [(row_values, "diagonal_sq_norms")]
+    names += [(uses, name) for name in ("outer_sq_norms", "outer_norms", "outer_sum", "scatter_weighted_sum")]
+    for place, name in names:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, real=real, **k: (found.append(seen()), real(*a, **k))[1])
     module = Mixed()
     module.register_forward_hook(lambda *_: network.append(seen()))
     network: list[list[str]] = []

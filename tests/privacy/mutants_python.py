@@ -71,7 +71,7 @@ PYTHON = [
     ),
     Mutant(
         "what underflows in a row's square counts as nothing",
-        "engine/rules/uses.py",
+        "engine/rules/row_values.py",
         "return self.squares(rows).add(SMALLEST_NORMAL).sqrt()",
         "return self.squares(rows).sqrt()",
         (CLIP + "test_rows_that_cancel_and_whose_squares_underflow_are_not_taken_for_nothing",),
