@@ -53,7 +53,8 @@ def _radius(low, high):
     exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
     m = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
     e = exponent.to(tl.int32).to(tl.float64) - 64.0
-    complement = (~high).to(tl.float64) * 4294967296.0 + ((~low).to(tl.float64) + 0.5)
+    ones = 0xFFFFFFFF  # (`~` of unsigned words is more than the interpreter of Triton 3.6 bears)
+    complement = (high ^ ones).to(tl.float64) * 4294967296.0 + ((low ^ ones).to(tl.float64) + 0.5)
     f = tl.where(exponent == 64, complement * -5.421010862427522e-20, m - 1.0)  # 2^-64
     d = f + 2.0
     inverse = (0.11686288691412428 * d - 0.7224441022646164) * d + 1.4777559081899114
