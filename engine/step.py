@@ -147,9 +147,14 @@ class DPStep:
         bound = self._sensitivity()
         std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
         stream, place = self.source.place
-        marks = {"draw": draw, "step": step, "noise (stream)": stream, "noise (step)": place}
-        check_in_step(self.ranks, marks | {"clipping bound": bound, "noise (standard deviation)": std})
-        self.sums.complete()
+        marks: dict[str, int | float] = {
+            "draw": draw,
+            "step": step,
+            "noise (stream)": stream,
+            "noise (step)": place,
+        }
+        marks |= {"clipping bound": bound, "noise (standard deviation)": std}
+        self.sums.complete(lambda: check_in_step(self.ranks, marks))
         if self.quantile is not None:
             self.quantile.complete(self.ranks)
             self.quantile.tap(is_private=self._is_private)

@@ -7,7 +7,7 @@ those of other buckets still form; in the same order on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
@@ -44,9 +44,13 @@ class Sums(Protocol):
     def end_pass(self) -> None:
         """Nothing more is added in this pass."""
 
-    def complete(self) -> None:
-        """From here on `own` holds the sums over all ranks. All ranks take part, and have met since the last of them
-        added something."""
+    def complete(self, agree: Callable[[], None]) -> None:
+        """From here on `own` holds the sums over all ranks. All ranks take part.
+
+        Args:
+            agree: an exchange that raises on all ranks where they do not fit together, and returns when all are here;
+                called where all ranks have made the same exchanges before.
+        """
 
     def own(self, at: int, length: int) -> Tensor:
         """A stretch of what this rank owns, 1-D: elements ``at : at + length`` of its own coordinates."""
@@ -202,18 +206,25 @@ class FlatSums:
     def end_pass(self) -> None:
         """Sums that no unit reached are exchanged with the rest, by `complete`."""
 
-    def complete(self) -> None:
+    def complete(self, agree: Callable[[], None]) -> None:
         if self._buckets.ranks.world_size == 1:
             return
         self._is_complete = True
-        self._reduce()
+        try:
+            self._reduce(agree)
+        except PrivacyError:
+            # Raised on all ranks: nobody goes on with what was exchanged.
+            self._is_complete = False
+            raise
 
-    def _reduce(self) -> None:
+    def _reduce(self, agree: Callable[[], None]) -> None:
         while self._next >= 0:
             self._start()
         for exchange in self._pending:
             exchange.wait()
         self._pending.clear()
+        # Not before: ranks that were told which pass is the last one have begun in it, others here.
+        agree()
 
     def _start(self) -> None:
         if len(self._pending) >= _IN_FLIGHT:
@@ -270,8 +281,9 @@ class HostSums(FlatSums):
     def done(self, position: int) -> None:
         """Others read all of it when they have met."""
 
-    def _reduce(self) -> None:
+    def _reduce(self, agree: Callable[[], None]) -> None:
         ranks = self._buckets.ranks
+        agree()
         for low, high in self._buckets.owned:
             for rank in range(ranks.world_size):
                 if rank != ranks.rank:

@@ -8,7 +8,7 @@ rows alone.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -221,8 +221,9 @@ class ShardedSums:
         self._pending.clear()
         self._forget()
 
-    def complete(self) -> None:
+    def complete(self, agree: Callable[[], None]) -> None:
         """Each pass has been reduced at its end."""
+        agree()
 
     def _start(self) -> None:
         if len(self._pending) >= _IN_FLIGHT:

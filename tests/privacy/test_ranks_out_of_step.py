@@ -18,6 +18,7 @@ def work() -> dict[str, tuple[str, tuple[Any, ...]]]:
             calls[f"{name} {how}"] = (name, how)
         for rank in (0, 1):
             calls[f"counts_a_step_more {how} {rank}"] = ("counts_a_step_more", how, rank)
+    calls["skips_empty_batches exchanged"] = ("skips_empty_batches", "exchanged")
     return {name: (f"tests.privacy.rank_faults:{call[0]}", call[1:]) for name, call in calls.items()}
 
 
@@ -28,7 +29,7 @@ def found(request) -> Outcomes | Lost | Asked:
     return Asked(2, work()) if len(here) <= 3 else on_ranks(2, work())
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", [*HOWS, "exchanged"])
 def test_a_rank_that_skips_an_empty_batch_ends_the_step(found, how):
     """Else unit 1 would take part on rank 0 by the first draw, on rank 1 by the second, and count twice."""
     ranks = found[f"skips_empty_batches {how}"]
