@@ -41,6 +41,36 @@ def private_step(
     work: Workload, *, clipping: str | ClipSpec = "flat", perf: PerfSpec | None = None, seed: int = 0
 ) -> Step:
     """Forward, one backward pass, clip, ChaCha20 noise and Adam."""
+    trainer, network, x, y = _trainer(work, clipping, perf, seed)
+
+    def step() -> None:
+        with trainer.capture():
+            losses = work.row_losses(network(x), y)
+        trainer.backward(losses, rows_per_unit=1)
+        trainer.apply()
+
+    return step
+
+
+def recorded_step(
+    work: Workload, *, clipping: str | ClipSpec = "flat", fuse: bool = False, seed: int = 0
+) -> Step:
+    """The same with its passes recorded (`PrivateTrainer.compile`), past those that are looked at."""
+    trainer, network, x, y = _trainer(work, clipping, None, seed)
+    run = trainer.compile(lambda x, y: work.row_losses(network(x), y), fuse=fuse)
+
+    def step() -> None:
+        run(x, y)
+        trainer.apply()
+
+    for _ in range(4):
+        step()
+    return step
+
+
+def _trainer(
+    work: Workload, clipping: str | ClipSpec, perf: PerfSpec | None, seed: int
+) -> tuple[PrivateTrainer, nn.Module, Tensor, Tensor]:
     network, x, y = setup(work, seed)
     plan = PrivacyPlan(
         sample_rate=0.01,
@@ -52,14 +82,7 @@ def private_step(
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     trainer = PrivateTrainer(network, optimizer, plan, keys=KeySchedule.from_os(), ledger=None, perf=perf)
-
-    def step() -> None:
-        with trainer.capture():
-            losses = work.row_losses(network(x), y)
-        trainer.backward(losses, rows_per_unit=1)
-        trainer.apply()
-
-    return step
+    return trainer, network, x, y
 
 
 def loop_step(work: Workload, seed: int = 0) -> Step:
@@ -134,6 +157,7 @@ VARIANTS: dict[str, Callable[[Workload], Step]] = {
     "plain, fused Adam": lambda work: plain_step(work, fused=True),
     "plain, kept memory": kept_memory_step,
     "synthward": private_step,
+    "synthward, recorded": recorded_step,
     "synthward, make_private": loop_step,
     "synthward, library's products": lambda work: private_step(work, perf=PerfSpec(products="library")),
     "synthward per-layer": lambda work: private_step(work, clipping="per-layer"),
