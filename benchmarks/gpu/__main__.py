@@ -19,9 +19,10 @@ from types import FrameType
 import torch
 
 from benchmarks.gpu import section
-from benchmarks.gpu.result import Result, default_file, describe, failures, print_progress, read_rows_from
+from benchmarks.gpu.result import Result, describe, failures, file_name, print_progress, read_rows_from
 from benchmarks.gpu.runner import Run
 from benchmarks.gpu.table import table
+from benchmarks.machine import RESULTS
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--sweep", action="store_true", help="other block shapes of the outer family, too")
     parser.add_argument("--small", action="store_true", help="small shapes; no file unless --out names one")
-    parser.add_argument("--out", type=Path, help="the file; benchmarks/results/<gpu>.json")
+    parser.add_argument("--out", type=Path, help="file or folder; benchmarks/results")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
     _check(given.small)
@@ -43,9 +44,9 @@ def main() -> int:
     measured_on = describe(on_gpu=not INTERPRETED)
     options = section.Options("cpu" if INTERPRETED else "cuda", given.small, given.sweep, given.only)
     with tempfile.TemporaryDirectory() as folder:
-        file = given.out or (
-            Path(folder) / "small.json" if given.small else default_file(measured_on["device"])
-        )
+        file = given.out or (Path(folder) if given.small else RESULTS)
+        if file.is_dir():
+            file /= file_name(measured_on["device"])
         result = Result(file.resolve())
         result.begin(measured_on)
         read_rows_from(result.file)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.case import Case, Kernel, Make, Maker, Units, weighted
-from synthward.kernels import outer_sum, outer_unit_grads, rank1_norms, scale_rows
+from synthward.kernels import Backend, outer_sum, outer_unit_grads, rank1_norms, scale_rows
 from synthward.kernels.outer import triton_impl
+from synthward.kernels.outer.dense import rounding_of
 
 # One column, fewer than a block, more than one, none.
 WIDTHS = [(1, 1), (17, 31), (150, 67), (0, 4), (64, 48)]
@@ -109,10 +110,24 @@ def unit_grads(make: Maker, units: Units, d: int, p: int, dtype: torch.dtype) ->
 
 
 def clipped_sum(
-    make: Maker, rows: int, d: int, p: int, dtype: torch.dtype, *, with_bias: bool, with_zeros: bool
+    make: Maker,
+    rows: int,
+    d: int,
+    p: int,
+    dtype: torch.dtype,
+    *,
+    with_bias: bool = False,
+    with_zeros: bool = False,
+    terms: int = 3,
+    run: int = 1,
+    backend: Backend = "triton",
 ) -> Case:
+    """`run` rows after another have one weight; `with_zeros`: a quarter of the weights is zero."""
     a, g = make.matrix(rows, d, dtype), make.matrix(rows, p, dtype)
-    w = make.clipped(a, g) if with_zeros else make.weights(rows)
+    w = make.weights(-(-rows // run)).repeat_interleave(run)[:rows]
+    if with_zeros:
+        w[torch.arange(rows, device=w.device) // run % 4 == 1] = 0.0
+        a[w == 0.0], g[w == 0.0] = float("nan"), float("inf")
     out, bias = make.zeros(p, d), make.zeros(p)
 
     def exact() -> tuple[Tensor, Tensor]:
@@ -122,15 +137,26 @@ def clipped_sum(
             return found
         return torch.cat([found[0], scaled.sum(0)]), torch.cat([found[1], scaled.abs().sum(0)])
 
+    # A scaled row of half precision is held in several bf16, of which each takes a product.
+    is_half = dtype != torch.float32
+    products = 1 if run > 1 or not is_half else 6 if dtype == torch.float16 else terms
+    said = [f"{run} rows of a weight"] * (run > 1) + [f"{terms} terms"] * (terms < 3)
+    said += [backend] * (backend != "triton")
     return Case(
-        *("outer_sum", f"{rows} rows, {d} x {p}"),
-        lambda: outer_sum(a, g, w, out=out, bias=bias if with_bias else None, backend="triton"),
+        *("outer_sum", ", ".join([f"{rows} rows", f"{d} x {p}", *said])),
+        lambda: outer_sum(
+            *(a, g, w),
+            out=out,
+            bias=bias if with_bias else None,
+            terms=terms,
+            run=run if run > 1 else None,
+            backend=backend,
+        ),
         lambda: torch.cat([out.flatten(), bias]) if with_bias else out.flatten(),
         exact,
-        tolerance=2.0**-24 * (2 * rows + 8),
+        tolerance=2.0**-24 * (2 * rows + 8) + (rounding_of(terms) if dtype == torch.bfloat16 else 0.0),
         bytes=a.nbytes + g.nbytes + 2 * out.nbytes,
-        # Three products of bf16 make one of a scaled gradient that keeps all of its bits.
-        flops=2.0 * rows * d * p * (3 if dtype == torch.bfloat16 else 1),
+        flops=2.0 * rows * d * p * products,
         dtype=dtype,
         clear=[out, bias],
     )
@@ -214,11 +240,22 @@ def _sum_edges(make: Maker, dtype: torch.dtype) -> Iterator[Make]:
                 yield lambda n=rows, d=d, p=p, e=extra: clipped_sum(
                     make, n, d, p, dtype, with_bias=e, with_zeros=e
                 )
+    # Blocks of rows of one weight beside such of several.
+    for terms in (1, 2, 3):
+        for run in (1, 64, 100):
+            yield lambda t=terms, r=run: clipped_sum(
+                make, 500, 31, 33, dtype, with_zeros=True, terms=t, run=r
+            )
 
 
 def _sum_timed(make: Maker, dtype: torch.dtype) -> Iterator[Make]:
     shape = make.size(65536, 90), make.size(1024, 70), make.size(1024, 40)
-    yield lambda: clipped_sum(make, *shape, dtype, with_bias=False, with_zeros=False)
+    yield lambda: clipped_sum(make, *shape, dtype)
+    if dtype == torch.float32:
+        yield lambda: clipped_sum(make, *shape, dtype, backend="auto")
+        return
+    yield lambda: clipped_sum(make, *shape, dtype, terms=2)
+    yield lambda: clipped_sum(make, *shape, dtype, run=make.size(512, 64))
 
 
 def _scaled_edges(make: Maker, dtype: torch.dtype) -> Iterator[Make]:

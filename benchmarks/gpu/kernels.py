@@ -7,6 +7,7 @@ for the operands' dtype, the integer operations at that of a loop of them (ceili
 from __future__ import annotations
 
 import functools
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,12 @@ from benchmarks.gpu.section import Job, Options, Section
 from benchmarks.gpu.worker import answers
 
 _ROUNDS, _SECONDS = 20, 2.0
-_SWEPT = ("gram_norms", "tile_norms", "outer_sum")
+# Where a kernel's block shapes are chosen.
+_SWEPT = {
+    "gram_norms": ("triton_impl", "gram_blocks"),
+    "tile_norms": ("triton_impl", "gradient_blocks"),
+    "outer_sum": ("triton_sum", "sum_blocks"),
+}
 _BINDS = {"copy": "bytes", "integers": "integer operations"}
 
 
@@ -77,21 +83,20 @@ def _wrong_elsewhere(case: Case) -> str:
 
 def sweep(make: Make) -> dict[str, Any]:
     """Times of other block shapes of the outer family, in turns; the best five and the usual one."""
-    from synthward.kernels.outer import triton_impl
-
     case = make()
-    choice = "gram_blocks" if case.name == "gram_norms" else "gradient_blocks"
-    usual: Callable[..., Any] = getattr(triton_impl, choice)
+    module_name, choice = _SWEPT[case.name]
+    module = importlib.import_module(f"synthward.kernels.outer.{module_name}")
+    usual: Callable[..., Any] = getattr(module, choice)
     variants: dict[str, Callable[[], object]] = {"usual": case.run}
     refused = {}
-    for blocks in _block_shapes(choice) if timed() else []:
+    for blocks in _block_shapes(case) if timed() else []:
 
         def run(blocks: Any = blocks) -> None:
-            setattr(triton_impl, choice, lambda *_: blocks)
+            setattr(module, choice, lambda *_, **__: blocks)
             try:
                 case.run()
             finally:
-                setattr(triton_impl, choice, usual)
+                setattr(module, choice, usual)
 
         name = " ".join(f"{key} {value}" for key, value in blocks._asdict().items())
         problem = _problem(case, run)
@@ -122,24 +127,21 @@ def _problem(case: Case, run: Callable[[], None]) -> str:
     return "" if error <= case.tolerance else f"error {error:.1e}"
 
 
-def _block_shapes(choice: str) -> list[Any]:
+def _block_shapes(case: Case) -> list[Any]:
     from synthward.kernels.outer.triton_impl import Blocks
+    from synthward.kernels.outer.triton_sum import ROWS, SumBlocks
 
-    if choice == "gram_blocks":
-        return [
-            Blocks(k, k, rows, warps, stages)
-            for rows in (16, 32, 64)
-            for k in (16, 32, 64)
-            for warps in (4, 8)
-            for stages in (2, 4)
-        ]
-    return [
-        Blocks(p, d, rows, warps, stages)
-        for p, d in ((64, 64), (64, 128), (128, 128), (128, 64), (128, 256))
-        for rows in (16, 32, 64)
-        for warps in (4, 8)
-        for stages in (2, 4)
-    ]
+    is_half = case.dtype != torch.float32
+    launches = [(warps, stages) for warps in (4, 8) for stages in (2, 3, 4)]
+    if case.name == "gram_norms":
+        sides, lengths = ((32, 64, 128), (16, 32, 64, 128)) if is_half else ((16, 32, 64), (16, 32, 64))
+        return [Blocks(k, k, rows, *launch) for k in sides for rows in lengths for launch in launches]
+    wide = [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256)]
+    if case.name == "tile_norms":
+        lengths = (32, 64) if is_half else (16, 32)
+        return [Blocks(p, d, rows, *launch) for p, d in wide for rows in lengths for launch in launches]
+    lengths = (ROWS,) if is_half else (16, 32)
+    return [SumBlocks(p, d, rows, *launch) for p, d in wide for rows in lengths for launch in launches]
 
 
 def _cases(options: Options) -> Iterator[tuple[str, Make]]:

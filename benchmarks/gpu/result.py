@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import PACKAGES, RESULTS, command, versions
+from benchmarks.machine import PACKAGES, command, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = dict[str, dict[str, Any]]
@@ -100,9 +100,9 @@ class Result:
         beside.replace(self.file)
 
 
-def default_file(device: dict[str, Any]) -> Path:
-    """benchmarks/results/<gpu>.json"""
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-") + ".json")
+def file_name(device: dict[str, Any]) -> str:
+    """Of the file with a device's results."""
+    return re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-") + ".json"
 
 
 def describe(on_gpu: bool) -> dict[str, Any]:
