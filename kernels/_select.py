@@ -59,6 +59,8 @@ def choose(
         return "triton"
     if backend not in ("auto", "cpp"):
         raise ValueError(f"backend: got {backend!r}, expected 'auto', 'reference', 'cpp' or 'triton'")
+    if _forced and backend == "auto" and triton and _fits_triton(inputs, written, "cpu", further):
+        return "triton"
     if all(t is None or _fits(t, further) for t in tensors):
         return "cpp"
     if backend == "cpp":
@@ -190,6 +192,15 @@ def cpu_isa() -> str:
 def available_isas() -> list[str]:
     """Instruction sets that this build has and this processor runs."""
     return _C.available_isas()
+
+
+_forced = False
+
+
+def force_triton(is_forced: bool) -> None:
+    """Test hook: `auto` interprets the Triton kernels on tensors in CPU memory, where Triton is in its interpreter."""
+    global _forced
+    _forced = is_forced
 
 
 def force_isa(name: str | None) -> None:
