@@ -82,8 +82,8 @@ def test_sums_are_those_of_the_compiled_kernels(request, name, clip, is_half):
     launched = request.getfixturevalue("on_gpu")
     found = sums(module, x, clip, is_half=is_half)
     assert launched
-    # Norms are inflated by bounds of their own on either side. Input gradients of normalisations are rounded to bf16, by
-    # the interpreter towards zero: 2^-8 in what lies before them.
+    # Norms are inflated by bounds of their own on either side. Input gradients of normalisations are rounded to bf16,
+    # by the interpreter towards zero: 2^-8 in what lies before them.
     assert (found - expected).norm() <= (1e-2 if is_half else 2e-4) * expected.norm()
 
 
