@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from synthward.engine.device import CPU, copy_to
 from synthward.kernels import chacha20_words, gaussian_noise
 
 _DOMAIN = b"synthward/v1/sampling/"
@@ -30,25 +31,40 @@ class Draws:
         stream: of the first call, below 2^15 with all that follow.
         step: below 2^48.
         first: number of the first row.
+        device: where the numbers are put; they are the same on all.
 
     Raises:
         TypeError, ValueError: naming the argument, at the first call that it does not fit.
     """
 
-    def __init__(self, key: bytes, stream: int = 0, step: int = 0, first: int = 0) -> None:
+    def __init__(
+        self, key: bytes, stream: int = 0, step: int = 0, first: int = 0, device: torch.device = CPU
+    ) -> None:
         self._key, self._stream, self._step, self._first = key, stream, step, first
+        self._device = device
+
+    def to(self, device: torch.device) -> Draws:
+        """From here on numbers are put on a device; returns this object."""
+        self._device = device
+        return self
 
     def uniform(self, rows: int, k: int) -> Tensor:
         """Float32 [rows, k], multiples of 2^-24 in [0, 1)."""
         words = chacha20_words(
             self._key, stream=self._next(), step=self._step, start=self._first * k, count=rows * k
         )
-        return torch.from_numpy((words >> 8).astype("float32")).mul_(2.0**-24).view(rows, k)
+        numbers = torch.from_numpy((words >> 8).astype("float32")).mul_(2.0**-24)
+        return copy_to(numbers, self._device).view(rows, k)
 
     def normal(self, rows: int, k: int) -> Tensor:
         """Standard normal float32 [rows, k]."""
         noise = gaussian_noise(
-            rows * k, key=self._key, stream=self._next(), step=self._step, start=self._first * k
+            rows * k,
+            key=self._key,
+            stream=self._next(),
+            step=self._step,
+            start=self._first * k,
+            device=self._device,
         )
         return noise.view(rows, k)
 

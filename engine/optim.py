@@ -344,5 +344,8 @@ def load_optimizer_tensors(
             raise CheckpointError(
                 f"the checkpoint has optimizer state for {name!r}, which is no parameter of the module"
             )
-        optimizer.state[names[name].parameter][entry] = value.detach().clone()
+        parameter = names[name].parameter
+        # Torch keeps counters in CPU memory, and all else beside the parameter.
+        place = parameter.device if value.dim() else value.device
+        optimizer.state[parameter][entry] = value.detach().clone().to(place)
     updater.import_state()

@@ -52,7 +52,7 @@ CLOSED = {
     "synthward": r"synthward\._C|synthward\.kernels",
     "synthward.schema": r"synthward\.(?!schema|codes|engine\.errors)",
     "synthward.data": r"synthward\.(?!data|schema|codes|engine\.errors)",
-    "synthward.generators": r"synthward\.(?!generators|encoding|schema|engine\.errors|kernels\b)",
+    "synthward.generators": r"synthward\.(?!generators|encoding|schema|engine\.(errors|device)|kernels\b)",
     "synthward.observe": r"synthward\.(?!observe|engine\b|__version__)",
     "synthward.evaluate": r"synthward\.(generators|run|commands|report)",
     "synthward.simulate": r"synthward\.(generators|run|engine(?!\.errors))",

@@ -41,7 +41,7 @@ class Pending:
 def start_reduce_scatter(ranks: Ranks, whole: Tensor, own: Tensor) -> Pending:
     """Put the sum over ranks of this rank's slice of `whole` [W n] into `own` [n], which may be that slice itself."""
     with ranks.exchanging():
-        if ranks.backend != "gloo":
+        if ranks.backend_of(whole.device) != "gloo":
             work = _reduce_scatter(own, whole, group=ranks.group, async_op=True)
             return Pending(ranks, [work])
         received = torch.empty_like(whole)
@@ -58,7 +58,7 @@ def start_all_gather(ranks: Ranks, whole: Tensor) -> Pending:
     size, rank = ranks.world_size, ranks.rank
     slices = whole.view(size, -1)
     with ranks.exchanging():
-        if ranks.backend != "gloo":
+        if ranks.backend_of(whole.device) != "gloo":
             return Pending(ranks, [_all_gather(whole, slices[rank], group=ranks.group, async_op=True)])
         operations = []
         for distance in range(1, size):

@@ -50,7 +50,8 @@ class Ranks:
         self.is_awaited = False
         # Where small things of Python are exchanged.
         self._device: torch.device | None = None
-        if group is not None and "gloo" not in str(dist.get_backend_config(group)):
+        self._backends = {} if group is None else _backends(group)
+        if group is not None and "gloo" not in self._backends.values():
             self._device = torch.device("cuda", torch.cuda.current_device())
 
     @classmethod
@@ -69,11 +70,13 @@ class Ranks:
 
     @classmethod
     @contextmanager
-    def join(cls, patience: float = PATIENCE_SECONDS) -> Iterator[Ranks]:
+    def join(cls, patience: float = PATIENCE_SECONDS, device: torch.device | None = None) -> Iterator[Ranks]:
         """Take part in the group that `torchrun` describes in the environment, if it does; leave it at the end.
 
         Args:
             patience: seconds after which an exchange is given up.
+            device: a GPU that no other process has, whose tensors are then exchanged by NCCL and those in CPU memory by
+                gloo, and which becomes the current one; None or the CPU: gloo alone.
 
         Raises:
             ConfigError: the environment describes no group that can be joined.
@@ -81,7 +84,7 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
             yield cls.current()
             return
-        store = _join(timedelta(seconds=patience))
+        store = _join(timedelta(seconds=patience), device or torch.device("cpu"))
         try:
             cls._joined = cls(dist.group.WORLD, store)
             yield cls._joined
@@ -97,8 +100,12 @@ class Ranks:
 
     @property
     def backend(self) -> str | None:
-        """ "gloo" or "nccl": who exchanges tensors; None for one process."""
+        """ "gloo", "nccl" or "cpu:gloo,cuda:nccl": who exchanges tensors; None for one process."""
         return None if self.group is None else str(dist.get_backend(self.group))
+
+    def backend_of(self, device: torch.device) -> str | None:
+        """ "gloo" or "nccl": who exchanges the tensors of a device; None: nobody, or one process alone."""
+        return self._backends.get(device.type)
 
     @property
     def device(self) -> torch.device:
@@ -217,22 +224,23 @@ class _Done:
         self.value = value
 
 
-def _join(patience: timedelta) -> dist.Store:
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"this machine has {torch.cuda.device_count()} GPUs and {local + 1} processes or more; start at most "
-                "one for each (torchrun --nproc-per-node)"
-            )
-        device = torch.device("cuda", local)
+def _backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """Who exchanges tensors, by kind of device."""
+    config = str(dist.get_backend_config(group))
+    return dict(pair.split(":") for pair in config.split(",") if ":" in pair)
+
+
+def _join(patience: timedelta, device: torch.device) -> dist.Store:
+    backend, bound = "gloo", None
+    if device.type == "cuda":
+        backend, bound = "cpu:gloo,cuda:nccl", device
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=patience))
         store = dist.PrefixStore("synthward", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=bound
+        )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the other processes can not be reached ({error}); start all by torchrun"

@@ -108,10 +108,10 @@ def test_output_of_one_trial_and_of_many_differs_in_nothing_that_can_be_counted(
     """With a trial that warns and prints, too."""
     real, told = tune.train_run, []
 
-    def train_run(*arguments: Any) -> RunFolder:
+    def train_run(*arguments: Any, **named: Any) -> RunFolder:
         print("a trial began")
         os.fsync(2)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(tune, "train_run", train_run)
@@ -228,10 +228,10 @@ def test_each_trial_has_keys_and_first_weights_of_its_own(tiny, tmp_path, trials
     weights: list[torch.Tensor] = []
     real = tune.train_run
 
-    def train_run(folder: RunFolder, train: Any, key: KeySchedule, *rest: Any) -> RunFolder:
+    def train_run(folder: RunFolder, train: Any, key: KeySchedule, *rest: Any, **named: Any) -> RunFolder:
         keys.append(key.key_id)
         weights.append(torch.rand(4))
-        return real(folder, train, key, *rest)
+        return real(folder, train, key, *rest, **named)
 
     trials(2)
     monkeypatch.setattr(tune, "train_run", train_run)

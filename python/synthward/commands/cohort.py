@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from synthward import __version__
-from synthward.commands.common import Json, budget_line, emit, interruptible, remark
+from synthward.commands.common import Device, Json, budget_line, emit, interruptible, remark
 from synthward.commands.evaluate import summary_lines, write_report
 from synthward.commands.fit import load_declared, parse_settings, spent_budget
 from synthward.progress import Progress, make_progress
@@ -55,6 +55,7 @@ def cohort(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew although the job was done; spends a second budget.")
     ] = False,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Do the whole job: (simulate,) fit, sample and evaluate. Run it again to go on, or to see it again."""
@@ -82,7 +83,7 @@ def cohort(
     begin = time.perf_counter()
     with make_progress() as progress:
         try:
-            result = _work(job, data, schema, rows, progress)
+            result = _work(job, data, schema, rows, device, progress)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; --fresh (make cohort FRESH=1) begins anew, and spends anew"
@@ -157,7 +158,7 @@ def _source(data: Path | None, schema: Path | None) -> dict[str, Any]:
 
 
 def _work(
-    job: Job, data: Path | None, schema: Path | None, rows: int | None, progress: Progress
+    job: Job, data: Path | None, schema: Path | None, rows: int | None, device: str, progress: Progress
 ) -> dict[str, Any]:
     """Do what is left of the job; every finished part is found again by its file."""
     from synthward.run import RunFolder
@@ -166,13 +167,13 @@ def _work(
     if data is None or schema is None:
         data, schema = _simulate(job, progress)
     run = job.folder / RUN_FOLDER
-    _fit(job, data, schema, run, progress)
+    _fit(job, data, schema, run, device, progress)
     cohort, report = _outputs(job, rows)
     if not cohort.is_file():
         from synthward.run import sample_run
 
         report.unlink(missing_ok=True)
-        sample_run(run, rows, cohort, resume=True, progress=progress)
+        sample_run(run, rows, cohort, resume=True, device=device, progress=progress)
     if not report.is_file():
         facts = write_report(
             run,
@@ -202,7 +203,7 @@ def _simulate(job: Job, progress: Progress) -> tuple[Path, Path]:
     return data, schema
 
 
-def _fit(job: Job, data: Path, schema: Path, run: Path, progress: Progress) -> None:
+def _fit(job: Job, data: Path, schema: Path, run: Path, device: str, progress: Progress) -> None:
     from synthward.run import FitOptions, RunFolder, fit_run
     from synthward.run.folder import CHECKPOINT_FOLDER, ENCODER_FILE, LEDGER_FILE, MODEL_FILE, RUN_FILE
 
@@ -227,6 +228,7 @@ def _fit(job: Job, data: Path, schema: Path, run: Path, progress: Progress) -> N
             generator=asked["generator"],
             accountant=asked["accountant"],
             settings=asked["settings"],
+            device=device,
             **steps,
         ),
         resume=begun,

@@ -19,6 +19,10 @@ R = TypeVar("R")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU where torch sees one), cpu, cuda or cuda:N.")
+]
+
 
 class Interrupted(Exception):
     """The user broke off a command; the text says how to go on."""
@@ -53,7 +57,8 @@ def on_ranks(command: Callable[P, None]) -> Callable[P, None]:
         from synthward.run.fit import follow_run
         from synthward.run.shared import leading
 
-        with Ranks.join() as ranks, ranks.telling():
+        device = _device_of_rank(str(kwargs.get("device", "auto")))
+        with Ranks.join(device=device) as ranks, ranks.telling():
             if not ranks.is_main:
                 follow_run(ranks)
                 return
@@ -66,6 +71,18 @@ def on_ranks(command: Callable[P, None]) -> Callable[P, None]:
 def has_ranks() -> bool:
     """Whether this is one of several processes that were started together."""
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+def _device_of_rank(asked: str) -> Any:
+    """This process's device; the first on a machine says what is wrong with it."""
+    from synthward.engine.device import choose_device
+    from synthward.engine.errors import ConfigError
+
+    try:
+        return choose_device(asked, one_each=True)
+    except ConfigError as error:
+        error.is_told = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
 
 
 def emit(result: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, budget_line, emit, interruptible, on_ranks, remark
+from synthward.commands.common import Device, Json, budget_line, emit, interruptible, on_ranks, remark
 from synthward.progress import make_progress
 
 RESUME = "the same command with --resume goes on from the last checkpoint; what was spent stays spent"
@@ -77,6 +77,7 @@ def fit(
         str | None,
         typer.Option("--parallel", help="Of several processes: replicate, or shard (FSDP2) [replicate]."),
     ] = None,
+    device: Device = "auto",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the generator.")
     ] = None,
@@ -112,6 +113,7 @@ def fit(
     options = FitOptions(
         generator=generator,
         seed=seed,
+        device=device,
         settings=chosen,
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from synthward.commands.common import Json, Overwrite, emit, interruptible
+from synthward.commands.common import Device, Json, Overwrite, emit, interruptible
 from synthward.progress import make_progress
 
 # The longest that one process waits for another to make a part.
@@ -32,6 +32,7 @@ def sample(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted cohort.")] = False,
     overwrite: Overwrite = False,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Draw a cohort. This costs no privacy, however many rows are drawn."""
@@ -50,6 +51,7 @@ def sample(
                 seed=seed,
                 resume=resume,
                 overwrite=overwrite,
+                device=device,
                 progress=progress,
                 ranks=ranks,
             )

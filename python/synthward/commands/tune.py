@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synthward.commands.common import Json, budget_line, emit, interruptible, remark
+from synthward.commands.common import Device, Json, budget_line, emit, interruptible, remark
 from synthward.commands.fit import check_bands, load_declared, spent_budget
 from synthward.progress import make_progress
 
@@ -75,6 +75,7 @@ def tune(
         Path | None,
         typer.Option("--budget", help="Budget file of the records: the whole cost is reserved there first."),
     ] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Run a random number of trials with settings drawn from a grid, and release the best of them alone."""
@@ -98,7 +99,9 @@ def tune(
         "bands": bands,
         "arithmetic": arithmetic,
     }
-    options = FitOptions(generator=generator, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    options = FitOptions(
+        generator=generator, device=device, **{k: v for k, v in given.items() if v is not None}
+    )  # type: ignore[arg-type]
     choices, law = parse_grid(settings or [], grid), parse_shape(shape)
     with make_progress() as progress:
         folder = tune_run(

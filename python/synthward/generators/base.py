@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from synthward.encoding.layout import Layout
+from synthward.engine.device import CPU, copy_to
 from synthward.generators.randomness import Randomness
 
 
@@ -29,7 +30,11 @@ class Batch:
 
 
 class Generator(ABC):
-    """A table generator: a private network trained on records, and a sampler that never sees any."""
+    """A table generator: a private network trained on records, and a sampler that never sees any.
+
+    Attributes:
+        device: where it computes; what it is given has to be there, numbers of a `torch.Generator` apart.
+    """
 
     name: ClassVar[str]
     #: Whether `sample` draws the allowed tokens itself; else the caller rejects rows.
@@ -38,6 +43,7 @@ class Generator(ABC):
     def __init__(self, layout: Layout, token_mass: np.ndarray, settings: Any) -> None:
         self.layout = layout
         self.settings = settings
+        self.device = CPU
         self.offsets = torch.from_numpy(layout.offsets)
         self.log_mass = torch.from_numpy(np.log(np.maximum(token_mass, 1e-12))).float()
         self.token_mass = torch.from_numpy(token_mass).float()
@@ -46,6 +52,16 @@ class Generator(ABC):
         column = torch.from_numpy(np.repeat(np.arange(layout.tokens), layout.token_sizes))
         self.column_of_token = column
         self.membership = nn.functional.one_hot(column, max(layout.tokens, 1)).float()
+
+    def to(self, device: torch.device) -> Self:
+        """Move all of it to a device; before anybody holds its parameters, which may be other objects then."""
+        self.device = device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+            elif isinstance(value, nn.Module):
+                value.to(device)
+        return self
 
     @property
     @abstractmethod
@@ -100,7 +116,7 @@ class Generator(ABC):
 
     def context_weights(self, allowed: dict[int, Tensor]) -> Tensor:
         """Relative probability of the allowed tokens under each context, float [contexts]."""
-        return torch.ones(self.layout.contexts)
+        return torch.ones(self.layout.contexts, device=self.device)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Learning rate of the private optimizer at a step: linear warm-up, then a cosine to a tenth."""
@@ -114,7 +130,7 @@ class Generator(ABC):
         index = tokens + self.offsets[:-1]
         if hidden is not None:
             index = torch.where(hidden, width, index)
-        out = torch.zeros(len(tokens), width + 1)
+        out = torch.zeros(len(tokens), width + 1, device=tokens.device)
         return out.scatter_(1, index, 1.0)
 
     def log_normalizers(self, logits: Tensor) -> Tensor:
@@ -131,7 +147,7 @@ class Generator(ABC):
         self.logit_shift.zero_()
         rows = 8192
         for _ in range(rounds if self.layout.tokens else 0):
-            tokens, _ = self.sample(draw_context(rows), rng)
+            tokens, _ = self.sample(copy_to(draw_context(rows), self.device), rng)
             counts = self.one_hot(tokens)[:, :-1].sum(0)
             got = (counts + 1.0) / (rows + 1.0)
             want = (self.token_mass * rows + 1.0) / (rows + 1.0)

@@ -76,14 +76,15 @@ class DiffusionGenerator(Generator):
         return self.settings.draws
 
     def unit_losses(self, batch: Batch, rng: Randomness | torch.Generator) -> Tensor:
-        draws, layout, random = self.settings.draws, self.layout, as_randomness(rng)
+        draws, layout, device = self.settings.draws, self.layout, self.device
+        random = as_randomness(rng, device)
         rows = len(batch.context)
         # Stratified times inside a unit: lower variance of its averaged gradient at the same cost.
         start = random.uniform(rows // draws, 1)
-        time = ((start + torch.arange(draws) / draws) % 1.0).reshape(rows, 1)
-        label_row = torch.zeros(rows, 1, dtype=torch.bool)
+        time = ((start + torch.arange(draws, device=device) / draws) % 1.0).reshape(rows, 1)
+        label_row = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         if layout.label is not None:
-            label_row = (torch.arange(rows) % draws == 0).unsqueeze(1)
+            label_row = (torch.arange(rows, device=device) % draws == 0).unsqueeze(1)
             time = torch.where(label_row, self.settings.label_time * time, time)
         hidden = self._hide(time, label_row, random)
         alpha, sigma = torch.cos(0.5 * math.pi * time), torch.sin(0.5 * math.pi * time)
@@ -91,7 +92,7 @@ class DiffusionGenerator(Generator):
         noisy = alpha * batch.scores + sigma * noise
         output = self.network(self._inputs(batch.tokens, hidden, noisy, time, batch.context))
         logits, velocity = output.split([layout.vocabulary, layout.continuous], dim=1)
-        loss = torch.zeros(rows)
+        loss = torch.zeros(rows, device=device)
         if layout.tokens:
             target = logits.gather(1, batch.tokens + self.offsets[:-1])
             entropy = (self.log_normalizers(logits) - target) * hidden
@@ -110,7 +111,7 @@ class DiffusionGenerator(Generator):
     def sample(
         self, context: Tensor, rng: Randomness | torch.Generator, allowed: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        layout, rows, random = self.layout, len(context), as_randomness(rng)
+        layout, rows, random = self.layout, len(context), as_randomness(rng, self.device)
         sampler = Sampler(self.averaged, layout, self.logit_shift, allowed)
         # The inputs in the order of `_inputs`: tokens and an unused one, scores, context, share, time.
         added = sampler.inputs(0, layout.vocabulary)
@@ -118,7 +119,7 @@ class DiffusionGenerator(Generator):
         at = layout.vocabulary + 1 + layout.continuous
         share_weight, time_weight = sampler.inputs(at + layout.contexts, 2)
         sums = sampler.inputs(at, layout.contexts)[context] + sampler.bias
-        tokens = torch.zeros(rows, layout.tokens, dtype=torch.int64)
+        tokens = torch.zeros(rows, layout.tokens, dtype=torch.int64, device=self.device)
         scores = random.normal(rows, layout.continuous)
         order = self._order(rows, allowed, random)
         bounds = self._bounds()
@@ -138,19 +139,20 @@ class DiffusionGenerator(Generator):
     @torch.no_grad()
     def context_weights(self, allowed: dict[int, Tensor]) -> Tensor:
         """Probability of the allowed tokens at the start of the path, where all columns are hidden."""
-        layout, contexts = self.layout, self.layout.contexts
-        weights = torch.ones(contexts)
+        layout, contexts, device = self.layout, self.layout.contexts, self.device
+        weights = torch.ones(contexts, device=device)
         if not allowed:
             return weights
-        tokens = torch.zeros(contexts, layout.tokens, dtype=torch.int64)
-        hidden = torch.ones(contexts, layout.tokens, dtype=torch.bool)
-        scores = torch.zeros(contexts, layout.continuous)
-        inputs = self._inputs(tokens, hidden, scores, torch.ones(contexts, 1), torch.arange(contexts))
+        tokens = torch.zeros(contexts, layout.tokens, dtype=torch.int64, device=device)
+        hidden = torch.ones(contexts, layout.tokens, dtype=torch.bool, device=device)
+        scores = torch.zeros(contexts, layout.continuous, device=device)
+        start = torch.ones(contexts, 1, device=device)
+        inputs = self._inputs(tokens, hidden, scores, start, torch.arange(contexts, device=device))
         logits = self.averaged(inputs)[:, : layout.vocabulary] + self.logit_shift
         share = (logits - self.log_normalizers(logits)[:, self.column_of_token]).exp()
         for column, mask in allowed.items():
-            start = int(self.offsets[column])
-            weights = weights * (share[:, start : start + len(mask)] * mask).sum(1)
+            first = int(layout.offsets[column])
+            weights = weights * (share[:, first : first + len(mask)] * mask.to(device)).sum(1)
         return weights.clamp(min=1e-12)
 
     def state(self, *, resume: bool) -> dict[str, Tensor]:
@@ -162,13 +164,13 @@ class DiffusionGenerator(Generator):
         prefix = "averaged."
         kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         self.averaged.load_state_dict(kept)
-        self.logit_shift = tensors["logit_shift"].clone()
+        self.logit_shift = tensors["logit_shift"].clone().to(self.device)
 
     def _hide(self, time: Tensor, label_row: Tensor, random: Randomness) -> Tensor:
         """Which tokens are hidden, bool [rows, tokens]: at least one in every row."""
         rows, columns, draws = len(time), self.layout.tokens, self.settings.draws
         if not columns:
-            return torch.zeros(rows, 0, dtype=torch.bool)
+            return torch.zeros(rows, 0, dtype=torch.bool, device=time.device)
         hidden = random.uniform(rows // draws, draws * columns).view(rows, columns) < time
         if self.layout.label is not None:
             hidden[:, self.layout.label] |= label_row.squeeze(1)
@@ -189,7 +191,7 @@ class DiffusionGenerator(Generator):
     def _present(self, tokens: Tensor) -> Tensor:
         """Float [rows, continuous]: one where the continuous value is present."""
         flags = [
-            tokens[:, j] > 0 if j >= 0 else torch.ones(len(tokens), dtype=torch.bool)
+            tokens[:, j] > 0 if j >= 0 else torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
             for j in self.layout.presence
         ]
         return torch.stack(flags, dim=1).float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -63,9 +63,15 @@ class GanGenerator(Generator):
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=s.generator_learning_rate, betas=(0.0, 0.99), foreach=True
         )
-        self._fake_accuracy = 0.5
+        # Looked at now and then only: on a GPU it would have to be waited for.
+        self._fake_accuracy = torch.tensor(0.5, dtype=torch.float64)
         self._updates = 0
         self._level = 0
+
+    def to(self, device: torch.device) -> Self:
+        super().to(device)
+        self.optimizer.param_groups[0]["params"] = [*self.network.parameters()]
+        return self
 
     @property
     def private_module(self) -> nn.Module:
@@ -84,7 +90,7 @@ class GanGenerator(Generator):
         units = len(batch.context) // draws
         real = torch.cat([self.one_hot(batch.tokens)[:, :-1], batch.scores], dim=1)
         with torch.no_grad():
-            fake = self._fake(self.network, batch.context, as_randomness(rng), rows=draws)
+            fake = self._fake(self.network, batch.context, as_randomness(rng, self.device), rows=draws)
         rows = torch.cat([real.view(units, draws, -1), fake.view(units, draws, -1)], dim=1).flatten(0, 1)
         context = batch.context.view(units, draws).repeat(1, 2).flatten()
         logits = self._discriminate(rows, context).view(units, 2, draws)
@@ -93,8 +99,9 @@ class GanGenerator(Generator):
     def after_step(self, step: int, steps: int, rng: torch.Generator) -> None:
         if (step + 1) % STEPS_PER_UPDATE[self._level]:
             return
-        context = torch.randint(self.layout.contexts, (self.settings.generator_batch,), generator=rng)
-        fake = self._fake(self.network, context, TorchRandomness(rng))
+        random = TorchRandomness(rng, self.device)
+        context = random.integers(self.settings.generator_batch, self.layout.contexts)
+        fake = self._fake(self.network, context, random)
         logits = self._discriminate(fake, context).squeeze(1)
         loss = nn.functional.softplus(-logits).mean()
         weights = list(self.network.parameters())
@@ -105,20 +112,20 @@ class GanGenerator(Generator):
         average_into(
             self.averaged.parameters(), self.network.parameters(), self.settings.ema_decay, self._updates
         )
-        self._adapt(float((logits < 0).float().mean()))
+        self._adapt((logits < 0).float().mean())
 
     @torch.no_grad()
     def sample(
         self, context: Tensor, rng: Randomness | torch.Generator, allowed: dict[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw rows; a GAN can not condition on tokens, so ``allowed`` is left to the caller's filter."""
-        layout, rows, random = self.layout, len(context), as_randomness(rng)
+        layout, rows, random = self.layout, len(context), as_randomness(rng, self.device)
         latent = self.settings.latent
         sampler = Sampler(self.averaged, layout, self.logit_shift)
         sums = sampler.inputs(latent, layout.contexts)[context]
         values = random.normal(rows, latent)
         features = sampler.features(sums, sampler.bias, values, sampler.inputs(0, latent))
-        every = torch.arange(layout.tokens).repeat(rows, 1)
+        every = torch.arange(layout.tokens, device=self.device).repeat(rows, 1)
         tokens = sampler.draw(features, every, random.uniform(rows, layout.tokens))
         return tokens, sampler.further(features) + random.normal(rows, layout.continuous)
 
@@ -129,12 +136,12 @@ class GanGenerator(Generator):
             tensors |= {f"network.{k}": v for k, v in self.network.state_dict().items()}
             for index, values in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-            tensors["schedule"] = torch.tensor([self._fake_accuracy, self._updates, self._level])
+            tensors["schedule"] = torch.tensor([float(self._fake_accuracy), self._updates, self._level])
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.averaged.load_state_dict(_with_prefix(tensors, "averaged."))
-        self.logit_shift = tensors["logit_shift"].clone()
+        self.logit_shift = tensors["logit_shift"].clone().to(self.device)
         if "schedule" not in tensors:
             return
         self.network.load_state_dict(_with_prefix(tensors, "network."))
@@ -145,14 +152,15 @@ class GanGenerator(Generator):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         accuracy, updates, level = tensors["schedule"].tolist()
-        self._fake_accuracy, self._updates, self._level = accuracy, int(updates), int(level)
+        self._fake_accuracy.fill_(accuracy)
+        self._updates, self._level = int(updates), int(level)
 
-    def _adapt(self, accuracy: float) -> None:
+    def _adapt(self, accuracy: Tensor) -> None:
         """Take more discriminator steps per update when the discriminator no longer tells fakes apart."""
         self._updates += 1
-        self._fake_accuracy = 0.95 * self._fake_accuracy + 0.05 * accuracy
+        self._fake_accuracy.mul_(0.95).add_(0.05 * accuracy.double())
         settled = self._updates % UPDATES_BEFORE_RAISE == 0
-        if settled and self._fake_accuracy <= self.settings.raise_below:
+        if settled and float(self._fake_accuracy) <= self.settings.raise_below:
             self._level = min(self._level + 1, len(STEPS_PER_UPDATE) - 1)
 
     def _output(self, network: nn.Module, context: Tensor, random: Randomness, rows: int = 1) -> Tensor:
@@ -178,7 +186,8 @@ class GanGenerator(Generator):
     def _harden(self, share: Tensor) -> Tensor:
         """One-hot of the largest share per token column, [R, vocabulary]."""
         index = [part.argmax(1) for part in share.split(list(self.layout.token_sizes), dim=1)]
-        tokens = torch.stack(index, 1) if index else torch.zeros(len(share), 0, dtype=torch.int64)
+        none = torch.zeros(len(share), 0, dtype=torch.int64, device=share.device)
+        tokens = torch.stack(index, 1) if index else none
         return self.one_hot(tokens)[:, :-1]
 
     def _discriminate(self, rows: Tensor, context: Tensor) -> Tensor:

@@ -28,11 +28,12 @@ class Sampler:
         self, network: ResidualMLP, layout: Layout, shift: Tensor, allowed: dict[int, Tensor] | None = None
     ) -> None:
         vocabulary = layout.vocabulary
-        self.offsets = torch.from_numpy(layout.offsets)
+        device = network.head.weight.device
+        self.offsets = torch.from_numpy(layout.offsets).to(device)
         norms, hidden = [*network.norms, network.norm], network.stem.out_features
         self._network = ResidualWeights(
-            _stacked(network.blocks, "weight", hidden, hidden),
-            _stacked(network.blocks, "bias", hidden),
+            _stacked(network.blocks, "weight", hidden, hidden).to(device),
+            _stacked(network.blocks, "bias", hidden).to(device),
             _stacked(norms, "weight", hidden),
             _stacked(norms, "bias", hidden),
             network.norm.eps,
@@ -41,8 +42,8 @@ class Sampler:
         self._head = weight[:vocabulary].contiguous()
         self._head_bias = bias[:vocabulary] + shift
         for column, mask in (allowed or {}).items():
-            start = int(self.offsets[column])
-            self._head_bias[start : start + len(mask)].masked_fill_(~mask, -torch.inf)
+            start = int(layout.offsets[column])
+            self._head_bias[start : start + len(mask)].masked_fill_(~mask.to(device), -torch.inf)
         self._further, self._further_bias = weight[vocabulary:].contiguous(), bias[vocabulary:].contiguous()
         self._columns = network.stem.weight.detach().T.contiguous()
         self.bias = network.stem.bias.detach().clone()

@@ -66,6 +66,7 @@ class Started(Event):
     physical_batch_size: int
     world_size: int
     backend: str | None
+    device: str
     versions: Versions
 
 

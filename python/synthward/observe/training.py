@@ -55,6 +55,7 @@ class Observer:
         step: int,
         world_size: int = 1,
         backend: str | None = None,
+        device: str = "cpu",
     ) -> None:
         """Training goes on from `step`; `info` is the run's run.json, `parameters` what is trained."""
 
@@ -123,6 +124,7 @@ class TrainingObserver(Observer):
         step: int,
         world_size: int = 1,
         backend: str | None = None,
+        device: str = "cpu",
     ) -> None:
         self._norms = ParameterNorms(parameters)
         self._looks = self._is_main or self._norms.are_collective
@@ -142,6 +144,7 @@ class TrainingObserver(Observer):
             max_units=plan.max_units,
             world_size=world_size,
             backend=backend,
+            device=device,
             versions=Versions.current(),
         )
         if self._is_main and self._tensorboard is not None:

@@ -12,6 +12,7 @@ import torch
 
 from synthward.data import enforce_constraints, to_arrow
 from synthward.encoding import TableEncoder, TokenCoder
+from synthward.engine.device import CPU, copy_to
 from synthward.engine.draws import Draws, sampling_key
 from synthward.engine.errors import ConfigError
 from synthward.generators import Generator
@@ -25,7 +26,7 @@ MAX_BARREN_ROUNDS = 40
 
 
 class CohortSampler:
-    """Draws typed columns from a trained generator, under conditions if there are any."""
+    """Draws typed columns from a trained generator, where that is, under conditions if there are any."""
 
     def __init__(
         self, schema: Schema, encoder: TableEncoder, generator: Generator, where: Where | None = None
@@ -42,9 +43,10 @@ class CohortSampler:
                     raise ConfigError(
                         f"--where: the generator never draws such a value of column {coder.name!r}"
                     )
-                self.allowed_tokens[column] = torch.from_numpy(tokens)
+                self.allowed_tokens[column] = torch.from_numpy(tokens).to(generator.device)
         mass = torch.from_numpy(encoder.context_mass)
-        self.context_mass = (mass * generator.context_weights(self.allowed_tokens).double()).numpy()
+        weights = generator.context_weights(self.allowed_tokens).cpu()
+        self.context_mass = (mass * weights.double()).numpy()
 
     def chunk(self, seed: int, index: int, rows: int = CHUNK_ROWS) -> dict[str, np.ndarray]:
         """The first ``rows`` rows of a chunk, and of those after it if there are more, a function of (seed, index).
@@ -105,8 +107,14 @@ class CohortSampler:
         cumulated = np.cumsum(self.context_mass)
         place = draws.uniform(rows, 1).double().numpy()[:, 0] * cumulated[-1]
         context = torch.from_numpy(np.searchsorted(cumulated[:-1], place, side="right"))
-        tokens, scores = self.generator.sample(context, draws, self.allowed_tokens or None)
+        device = self.generator.device
+        tokens, scores = self.generator.sample(
+            copy_to(context, device), draws.to(device), self.allowed_tokens or None
+        )
+        draws.to(CPU)
         honoured = self.allowed_levels if self.generator.honours_conditions else {}
         within = draws.uniform(rows, tokens.shape[1]).numpy()
-        columns = self.encoder.decode(self.schema, tokens.numpy(), scores.numpy(), within, honoured)
+        columns = self.encoder.decode(
+            self.schema, tokens.cpu().numpy(), scores.cpu().numpy(), within, honoured
+        )
         return enforce_constraints(self.schema, columns)

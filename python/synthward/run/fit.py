@@ -25,7 +25,7 @@ from synthward.run.budget import plan_budget
 from synthward.run.claim import Claim
 from synthward.run.folder import CHECKPOINT_FOLDER, ENCODER_FILE, RUN_FILE, RunFolder
 from synthward.run.mechanism import Mechanism
-from synthward.run.shared import await_start, leading
+from synthward.run.shared import await_start, device_for, leading
 from synthward.run.training import Training
 from synthward.schema import Schema
 
@@ -42,6 +42,8 @@ class FitOptions:
     ``sample_rate`` is the Poisson probability per unit and step, public and never derived from the data.
     ``noise``, ``bands``, ``max_units`` and ``arithmetic`` choose the mechanism (`Mechanism.choose`).
     ``parallel`` says what several processes hold: "replicate" (all parameters) or "shard" (a part, FSDP2).
+    ``device`` is where networks are: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N"; no matter of
+    privacy, and a run may go on on another one.
     ``tensorboard`` is a folder for event files, which hold no more than the run's log (`synthward.observe`).
     ``seed`` makes the run reproducible and NOT private: the noise could be recomputed from it.
     """
@@ -60,6 +62,7 @@ class FitOptions:
     seed: int | None = None
     tensorboard: Path | None = None
     parallel: str = "replicate"
+    device: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def mechanism(self, epsilon: float, delta: float) -> Mechanism:
@@ -105,6 +108,7 @@ def fit_run(
     ranks = ranks or Ranks.alone()
     with leading(ranks):
         check_parallel(options.parallel, ranks)
+        device_for(options.device, ranks)
         if options.tensorboard is not None:
             check_tensorboard()
         if resume and (out / RUN_FILE).is_file():
@@ -170,6 +174,7 @@ def _fit_anew(
             "max_grad_norm": options.max_grad_norm,
             "physical_batch_size": options.physical_batch_size,
             "seed": options.seed,
+            "device": device_for(options.device, ranks).type,
             **asdict(budget),
             "mechanism": mechanism.to_dict(),
             "budget_id": claim.budget_id,
@@ -186,6 +191,7 @@ def _fit_anew(
         ranks=ranks,
         observer=_observer(folder, options, progress),
         parallel=options.parallel,
+        device=options.device,
     )
 
 
@@ -255,6 +261,7 @@ def _resume(
     holdout = info["holdout"]
     train = read_training_records(data, schema, holdout["fraction"], holdout["salt"], progress)
     folder.save_schema(schema)
+    folder.update(device=device_for(options.device, ranks).type)
     keys = _new_keys(info["seed"])
     spent = _has_spent(folder)
     if not spent:
@@ -270,6 +277,7 @@ def _resume(
         ranks=ranks,
         observer=_observer(folder, options, progress, resumed=True),
         parallel=options.parallel,
+        device=options.device,
     )
 
 
@@ -305,6 +313,7 @@ def train_run(
     ranks: Ranks | None = None,
     observer: Observer | None = None,
     parallel: str = "replicate",
+    device: str = "cpu",
 ) -> RunFolder:
     """Fit what ``folder`` describes to records in memory, and pay for it in ``ledger``, which is closed.
 
@@ -327,6 +336,7 @@ def train_run(
             *(folder, encoder, train, plan, keys, ledger, progress, ranks),
             observer=observer,
             parallel=parallel,
+            device=device,
         )
         training.run()
         folder.update(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from synthward.encoding import TableEncoder
+from synthward.engine.device import CPU
 from synthward.engine.errors import CheckpointError, OutputError
 from synthward.generators import Generator, build_generator
 from synthward.generators.registry import make_settings
@@ -114,13 +115,13 @@ class RunFolder:
         settings = make_settings(self.info["generator"], self.info["settings"])
         return build_generator(self.info["generator"], encoder.layout, encoder.token_mass, settings)
 
-    def load_generator(self, encoder: TableEncoder) -> Generator:
-        """The run's generator, trained; `CheckpointError` while training is unfinished."""
+    def load_generator(self, encoder: TableEncoder, device: torch.device = CPU) -> Generator:
+        """The run's generator, trained on whatever device; `CheckpointError` while training is unfinished."""
         if not self.is_complete:
             raise CheckpointError(
                 f"{self.path}: training is unfinished; finish it with `synthward fit --resume`"
             )
-        generator = self.new_generator(encoder)
+        generator = self.new_generator(encoder).to(device)
         generator.load_state(self.load_tensors(MODEL_FILE))
         return generator
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import torch
 
 from synthward import __version__
 from synthward.data import CohortWriter, DatasetWriter, Layout, PartRecord
 from synthward.data.dataset import Job
+from synthward.engine.device import choose_device, describe
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, OutputError, RankLostError, SynthwardError
 from synthward.progress import NullProgress, Progress, Task
@@ -40,6 +42,7 @@ def sample_run(
     seed: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    device: str = "auto",
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def sample_run(
     Args:
         out: a .parquet or .csv file, which one process writes; or a folder of Parquet parts with a manifest
             (`synthward.data.dataset`), which all of ``ranks`` write together.
+        device: where the generator computes: "auto" (a GPU where torch sees one), "cpu", "cuda" or "cuda:N". Kinds of
+            device may round differently: a seed gives the same rows again on one of them.
         ranks: the processes that sample together; each calls this with the same arguments.
 
     Returns:
@@ -58,8 +63,9 @@ def sample_run(
     Raises:
         ConfigError, OutputError: on all ranks, for what is wrong on any of them. RankLostError: one of them died.
     """
-    asked = _Asked(Path(run), rows, Path(out), where, seed, resume, overwrite)
     progress, ranks = progress or NullProgress(), ranks or Ranks.alone()
+    place = _agreed(ranks, partial(choose_device, device, one_each=ranks.world_size > 1))[ranks.rank]
+    asked = _Asked(Path(run), rows, Path(out), where, seed, resume, overwrite, place)
     if asked.out.suffix not in FILES:
         return _sample_dataset(asked, progress, ranks)
     ranks.lead(lambda: _refuse_ranks(asked.out, ranks))
@@ -75,6 +81,7 @@ class _Asked:
     seed: int | None
     resume: bool
     overwrite: bool
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,13 @@ class _Source:
     rows: int
 
     @classmethod
-    def load(cls, run: Path, rows: int | None, where: str | None) -> _Source:
-        folder = RunFolder(run)
+    def load(cls, asked: _Asked) -> _Source:
+        folder, rows, where = RunFolder(asked.run), asked.rows, asked.where
         encoder, schema = folder.load_encoder(), folder.schema
         rows = round(encoder.records) if rows is None else rows
         if rows < 1:
             raise ConfigError(f"--rows: got {rows}; give a whole number of at least 1")
-        generator = folder.load_generator(encoder)
+        generator = folder.load_generator(encoder, asked.device)
         condition = parse_where(where, schema) if where else None
         return cls(folder, schema, CohortSampler(schema, encoder, generator, condition), rows)
 
@@ -107,7 +114,7 @@ def _refuse_ranks(out: Path, ranks: Ranks) -> None:
 
 
 def _sample_file(asked: _Asked, progress: Progress) -> dict[str, Any]:
-    out, source = asked.out, _Source.load(asked.run, asked.rows, asked.where)
+    out, source = asked.out, _Source.load(asked)
     request = json.dumps([source.folder.info["run_id"], source.rows, asked.where])
     seed = _settle_seed(out, request, asked.seed, resume=asked.resume)
     task = progress.task("sample", source.rows)
@@ -116,6 +123,7 @@ def _sample_file(asked: _Asked, progress: Progress) -> dict[str, Any]:
             out, source.schema, resume=asked.resume, run_id=request, overwrite=asked.overwrite
         ) as writer:
             write_atomic(_seed_file(out), json.dumps({"request": request, "seed": seed}).encode())
+            progress.note(f"device: {describe(asked.device)}")
             task.advance(min(writer.rows_done, source.rows))
             for batch in source.sampler.batches(seed, writer.rows_done, source.rows):
                 writer.write(batch)
@@ -133,7 +141,7 @@ def _sample_dataset(asked: _Asked, progress: Progress, ranks: Ranks) -> dict[str
     writers: list[DatasetWriter] = []
 
     def begin() -> Job:
-        source = _Source.load(asked.run, asked.rows, asked.where)
+        source = _Source.load(asked)
         writer = DatasetWriter.begin(
             asked.out,
             source.schema,
@@ -150,7 +158,7 @@ def _sample_dataset(asked: _Asked, progress: Progress, ranks: Ranks) -> dict[str
 
     def join() -> None:
         if not ranks.is_main:
-            source = _Source.load(asked.run, asked.rows, asked.where)
+            source = _Source.load(asked)
             sources.append(source)
             writers.append(closing.enter_context(DatasetWriter(asked.out, source.schema, job)))
 
@@ -160,6 +168,7 @@ def _sample_dataset(asked: _Asked, progress: Progress, ranks: Ranks) -> dict[str
             _agreed(ranks, join)
             source, writer = sources[0], writers[0]
             if not job.is_finished:
+                progress.note(f"device: {describe(asked.device)}")
                 records = _write_parts(source, writer, progress, ranks)
                 ranks.lead(lambda: str(writer.finish(records)))
     except RankLostError as error:

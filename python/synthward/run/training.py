@@ -18,6 +18,7 @@ from synthward.engine import (
     PrivateTrainer,
     physical_batches,
 )
+from synthward.engine.device import describe
 from synthward.engine.distributed.checkpoint import (
     is_saved,
     load_sharded,
@@ -35,7 +36,7 @@ from synthward.engine.sampling import rank_part
 from synthward.observe import EpsilonSoFar, Observer
 from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FOLDER, MODEL_FILE, RunFolder, draw_context
-from synthward.run.shared import Start, Units, begin
+from synthward.run.shared import Start, Units, agreed_device, begin
 
 # Steps paid for at once. A kill loses at most the steps of one lease: they stay charged and are not repeated.
 LEASE_STEPS = 50
@@ -45,7 +46,7 @@ class Training:
     """One process's part of a run: from the last checkpoint to the last step that the plan allows.
 
     Args:
-        records, ledger, parallel: rank 0's; None on the others, who have `start` in their place.
+        records, ledger, parallel, device: rank 0's; those of the others, who have `start`, are not used.
     """
 
     def __init__(
@@ -61,15 +62,17 @@ class Training:
         start: Start | None = None,
         observer: Observer | None = None,
         parallel: str = "replicate",
+        device: str = "cpu",
     ) -> None:
         self.ranks = ranks or Ranks.alone()
         self.folder, self.encoder, self.plan, self.progress = folder, encoder, plan, progress
         self.observer = observer or Observer()
         num_units = records.num_units if records is not None else start.num_units  # type: ignore[union-attr]
         if start is None:
-            seed = begin(self.ranks, folder, encoder, plan, num_units, keys, parallel)
+            seed = begin(self.ranks, folder, encoder, plan, num_units, keys, parallel, device)
         else:
-            seed, parallel = start.seed, start.parallel
+            seed, parallel, device = start.seed, start.parallel, start.device
+        self.device = agreed_device(device, self.ranks)
         self.ledger = _ledger_of(self.ranks, ledger)
         self.rng = np.random.default_rng(seed)
         self.torch_rng = torch.Generator()
@@ -77,7 +80,7 @@ class Training:
         # Networks that the engine does not see begin alike on all ranks, too.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.generator = folder.new_generator(encoder)
+            self.generator = folder.new_generator(encoder).to(self.device)
         if parallel == "shard":
             for module in self.generator.sharded_modules:
                 copy_from_main(self.ranks, [*module.parameters()])
@@ -115,7 +118,9 @@ class Training:
             step=step,
             world_size=self.ranks.world_size,
             backend=self.ranks.backend,
+            device=self.device.type,
         )
+        self.progress.note(f"device: {describe(self.device)}")
         task = self.progress.task("fit", self.plan.steps)
         try:
             task.advance(step, epsilon=epsilons(step))
@@ -129,7 +134,7 @@ class Training:
         self.steps_done = step
         trained = {name: whole(value) for name, value in self.generator.state(resume=False).items()}
         if self.ranks.is_main:
-            generator = self.folder.new_generator(self.encoder)
+            generator = self.folder.new_generator(self.encoder).to(self.device)
             generator.load_state(trained)
             generator.calibrate(lambda rows: draw_context(self.encoder, rows, self.rng), self.torch_rng)
             self.folder.save_tensors(MODEL_FILE, generator.state(resume=False))
@@ -182,9 +187,10 @@ class Training:
         place, _ = rank_part(len(draw), ranks.rank, ranks.world_size)
         for index, units in enumerate(batches):
             rng = Draws(self.random_key, step=step, first=place + index * self.physical)
-            batch, mask = self.data.batch(torch.from_numpy(units), self.generator.records_per_unit, rng)
+            records = self.generator.records_per_unit
+            batch, mask = self.data.batch(torch.from_numpy(units), records, rng, self.device)
             with self.trainer.capture():
-                losses = self.generator.unit_losses(batch, rng)
+                losses = self.generator.unit_losses(batch, rng.to(self.device))
             self.trainer.backward(
                 losses,
                 rows_per_unit=self.generator.rows_per_unit,

@@ -29,6 +29,7 @@ from synthward.engine import KeySchedule, Ledger, QueryMechanism
 from synthward.engine.accounting import Event, GaussianEvent, calibrate_noise
 from synthward.engine.accounting.accountant import merge_events
 from synthward.engine.accounting.tuning import TrialBudget, calibrate_trial, draw_trials
+from synthward.engine.device import choose_device, describe
 from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.generators import Generator
 from synthward.generators.registry import make_settings
@@ -122,6 +123,7 @@ def tune_run(
     """
     options, progress, out = options or FitOptions(), progress or NullProgress(), Path(out)
     grid = _checked(options, grid)
+    device = choose_device(options.device)
     check_out(out, overwrite=overwrite)
     trials = draw_trials(mean_trials, shape)
     plan = plan_selection(epsilon, delta, options, mean_trials, shape)
@@ -147,6 +149,7 @@ def tune_run(
     }
     folder = RunFolder.create(out, info, schema)
     _charge(folder, plan.trial.selection, claim)
+    progress.note(f"device: {describe(device)}")
     progress.note("selecting among trials: how many there are, and so how long it takes, is not told")
     best = _best_trial(folder, train, plan, grid, options, trials)
     if best is None or not math.isfinite(best.distance):
@@ -178,7 +181,13 @@ def plan_selection(
 
 
 def run_trial(
-    place: Path, info: dict[str, Any], schema: Schema, train: Records, score: Score, keys: KeySchedule
+    place: Path,
+    info: dict[str, Any],
+    schema: Schema,
+    train: Records,
+    score: Score,
+    keys: KeySchedule,
+    device: str = "cpu",
 ) -> Trial:
     """One run of the base mechanism: fit as ``info`` says, then ask for the score, both under a trial's own ledger.
 
@@ -186,12 +195,13 @@ def run_trial(
         place: a folder to make the run in.
         info: of a run; its epsilon is what the trial may cost, ``score_noise_multiplier`` the noise of its score.
         keys: of this trial alone.
+        device: where it is trained, as of `FitOptions`.
 
     Raises:
         PrivacyError: the trial was charged something else than the plan says.
     """
     folder = RunFolder.create(place, info, schema)
-    train_run(folder, train, keys, _ledger(folder, keys, info["epsilon"]), NullProgress())
+    train_run(folder, train, keys, _ledger(folder, keys, info["epsilon"]), NullProgress(), device=device)
     encoder = folder.load_encoder()
     generator = folder.load_generator(encoder)
     is_finite = all(bool(t.isfinite().all()) for t in generator.state(resume=False).values())
@@ -228,7 +238,8 @@ def _best_trial(
                 "ledger_head": None,
             }
             with _silent(), _fresh_torch():
-                trial = run_trial(place / info["run_id"], info, schema, train, score, KeySchedule.from_os())
+                made, keys = place / info["run_id"], KeySchedule.from_os()
+                trial = run_trial(made, info, schema, train, score, keys, options.device)
             best, worse = (trial, best) if best is None or trial.rank < best.rank else (best, trial)
             if worse is not None:
                 shutil.rmtree(worse.folder.path)
@@ -333,6 +344,7 @@ def _plan_info(plan: TunePlan, options: FitOptions, schema: Schema) -> dict[str,
         "max_grad_norm": options.max_grad_norm,
         "physical_batch_size": options.physical_batch_size,
         "seed": None,
+        "device": choose_device(options.device).type,
         "accountant": ACCOUNTANT,
         "sample_rate": plan.mechanism.sample_rate,
         "mechanism": plan.mechanism.to_dict(),
