@@ -177,7 +177,9 @@ class FlatParameters(Spans):
                 view.copy_(span.parameter)
             span.parameter.data = view
             span.parameter.grad = None
-        copy_from_main(self.ranks, [self.data, *module.buffers()])
+        # Ranks that began with other values of what is not trained would each add up gradients of another network.
+        frozen = [p.detach() for p in module.parameters() if id(p) not in self.positions]
+        copy_from_main(self.ranks, [self.data, *frozen, *module.buffers()])
         self._gatherer = gatherer(self._buckets, self.device)
         self.note_places()
         self._lengths = [stop - start for start, stop in self._buckets.owned]

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from synthward.engine.capture import Batch, current_task
 from synthward.engine.compilers import check_uncompiled
+from synthward.engine.distributed.exchange import sum_over
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
@@ -324,6 +325,20 @@ class PrivateSession:
                 "optimizer.step(); multiply the losses of those to leave out by zero"
             )
 
+    def _check_apart(self) -> None:
+        """Of a loader that is each rank's own nothing but ids tells that a unit lies on two of them."""
+        ranks = self.core.ranks
+        if ranks.world_size == 1 or self._loader is not None:
+            return
+        if not bool(sum_over(ranks, torch.tensor(float(bool(self._units_seen)), device=ranks.device))):
+            return
+        everybody = ranks.gather(self._units_seen)
+        if len(set().union(*everybody)) < sum(map(len, everybody)):
+            raise PrivacyError(
+                "a unit takes part on two ranks in one step: it is clipped on each, and counts twice. Give all rows of "
+                "a unit to one rank"
+            )
+
     def _number_of_draw(self) -> int:
         """Of the draw that the loop is at, whether it had rows for this rank or not."""
         draw = self._draw or (None if self._loader is None else self._loader.draw)
@@ -346,6 +361,7 @@ class PrivateSession:
             )
         self.core.check_coverage()
         self._check_whole_draw()
+        self._check_apart()
         self._charge(self.steps_done)
         # Before the release: if it fails half way, parameters may have moved.
         self.steps_done += 1

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from synthward.engine.capture import Batch, CaptureMode, CaptureState
 from synthward.engine.compilers import as_written, take_out
 from synthward.engine.contributions import Contributions, Groups
-from synthward.engine.distributed.agreement import check_agreement, check_in_step
+from synthward.engine.distributed.agreement import check_agreement, check_in_step, processes
 from synthward.engine.distributed.exchange import sum_over
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.distributed.sharded import ShardedParameters
-from synthward.engine.errors import ConfigError
+from synthward.engine.errors import ConfigError, PrivacyError
 from synthward.engine.flat import wrap_parameters
 from synthward.engine.independence import IndependenceProbe
 from synthward.engine.keys import KeySchedule
@@ -58,6 +58,7 @@ class DPStep:
         noise.check(clip)
         keep_freed_memory()
         self.ranks = Ranks.current() if ranks is None else ranks
+        self._processes = processes()
         check_agreement(self.ranks, module, optimizer, keys, clip, noise, expected_batch_size)
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
         self.flat = wrap_parameters(module, optimizer, self.ranks)
@@ -144,6 +145,11 @@ class DPStep:
                 are not at the same step, draw or noise.
         """
         self.check_coverage()
+        if self.ranks.world_size == 1 and processes() > self._processes:
+            raise PrivacyError(
+                "torch.distributed was initialized after this trainer was made: each process would train and spend "
+                "apart from the others. Make trainers and engines after it"
+            )
         bound = self._sensitivity()
         std = bound * (self.noise if self.quantile is None else self.quantile).noise_multiplier
         stream, place = self.source.place
@@ -156,7 +162,7 @@ class DPStep:
         marks |= {"clipping bound": bound, "noise (standard deviation)": std}
         self.sums.complete(lambda: check_in_step(self.ranks, marks))
         if self.quantile is not None:
-            self.quantile.complete(self.ranks)
+            self.quantile.complete(self.ranks, self.flat.device)
             self.quantile.tap(is_private=self._is_private)
         tap("step", self.sums.flat, sensitivity=bound, is_private=self._is_private, noise_std=std)
         noise = self.source.next(std)
@@ -247,10 +253,12 @@ class Quantile:
         found = torch.where(counts, below, torch.zeros_like(below)).double().sum()
         self._total = found if self._total is None else self._total + found
 
-    def complete(self, ranks: Ranks) -> None:
-        """Add up the counts of all ranks."""
+    def complete(self, ranks: Ranks, device: torch.device) -> None:
+        """Add up the counts of all ranks, on the device that all have theirs on."""
         if ranks.world_size > 1:
-            total = torch.zeros((), dtype=torch.float64) if self._total is None else self._total
+            total = (
+                torch.zeros((), dtype=torch.float64, device=device) if self._total is None else self._total
+            )
             self._total = sum_over(ranks, total)
 
     def tap(self, *, is_private: bool) -> None:

@@ -311,6 +311,7 @@ class PrivateTrainer:
             )
         if self._step.has_sum:
             raise PrivacyError("adapt: a logical step is under way; call apply() first")
+        check_same(self.ranks, {"plan": repr(plan)})
         before = self.plan
         for name in ("clip", "strategy", "arithmetic", "period", "max_batch_size", "max_units"):
             if getattr(plan, name) != getattr(before, name):

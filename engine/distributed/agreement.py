@@ -41,6 +41,11 @@ def check_agreement(
     check_same(ranks, mine)
 
 
+def processes() -> int:
+    """Of torch's default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def check_same(ranks: Ranks, mine: Mapping[str, object]) -> None:
     """`PrivacyError` that names the first entry that is not the same on all ranks. All ranks take part."""
     if ranks.world_size == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from synthward.engine.accounting.events import Event, StepsEvent
+from synthward.engine.distributed.agreement import check_same
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError
 
@@ -65,6 +66,7 @@ class SharedLedger:
     def lease(self, event: StepsEvent, first_step: int, steps: int, *, part: str = "") -> None:
         """Charge ``steps`` steps of ``event`` (one step's event) from logical step ``first_step`` on; returns when it
         is on rank 0's disk."""
+        check_same(self._ranks, {"lease": (event, first_step, steps, part)})
         self._ranks.lead(lambda: self._main().lease(event, first_step, steps, part=part))
         self._leases[part] = (event, first_step, steps, 0)
 

@@ -204,6 +204,7 @@ class ShardedSums:
         return iter(self._parts)
 
     def begin_pass(self, *, is_last: bool) -> None:
+        self._check_whole()
         self._forget()
         self._is_open = True
 
@@ -243,6 +244,12 @@ class ShardedSums:
         """What this rank owns is all there is."""
 
     def drop(self) -> None:
+        self._check_whole()
+        self._whole.clear()
+        self.flat.zero_()
+        self._forget()
+
+    def _check_whole(self) -> None:
         if self._ranks.world_size > 1 and (
             self._pending or (self._is_open and self._next < len(self.shapes) - 1)
         ):
@@ -250,9 +257,6 @@ class ShardedSums:
                 "a pass was given up while its sums were on their way to other ranks; end all processes and resume "
                 "from the last checkpoint"
             )
-        self._whole.clear()
-        self.flat.zero_()
-        self._forget()
 
 
 class _Reduced(Pending):

@@ -28,7 +28,7 @@ from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import CheckpointError, ConfigError, LedgerError
 from synthward.engine.keys import KeySchedule
 from synthward.engine.ledger import Ledger
-from synthward.engine.loader import PoissonLoader, as_unit_ids, rows_of
+from synthward.engine.loader import PoissonLoader, as_unit_ids, fingerprint, rows_of
 from synthward.engine.planner import Explanation
 from synthward.engine.session import PrivateOptimizer, PrivateSession
 from synthward.engine.spec import ClipSpec, NoiseSpec, PerfSpec, SamplingSpec, check_positive
@@ -383,9 +383,10 @@ class PrivacyEngine:
         max_steps: int | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
-        private_loader = None
+        private_loader, records = None, ""
         if poisson:
             ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
+            records = fingerprint(loader.dataset, ids) if self.ranks.world_size > 1 else ""
             private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids, self.ranks)
         check_same(
             self.ranks,
@@ -394,6 +395,7 @@ class PrivacyEngine:
                 "number of rows of the data set, or units of it": None
                 if private_loader is None
                 else private_loader.units,
+                "records (each has the whole data set, in one order; the loader gives it its part of a draw)": records,
                 "number of steps": max_steps,
             },
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -10,10 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from synthward import PrivacyEngine
-from synthward.engine import KeySchedule, PrivateTrainer
+from synthward.engine import KeySchedule, Ledger, PrivateTrainer
+from synthward.engine.distributed.ledger import SharedLedger
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import SynthwardError
 from tests.distributed.cases import spread, whole
@@ -36,7 +39,7 @@ def parameters_of(module: nn.Module) -> np.ndarray:
 
 
 def engine_over(
-    module: nn.Module, data: TensorDataset, *, seed: int | None = None, **settings: Any
+    module: nn.Module, data: Any, *, seed: int | None = None, **settings: Any
 ) -> tuple[Any, Any, PrivacyEngine]:
     """Optimizer and loader of a module that was made private, without noise unless it is asked for."""
     engine = PrivacyEngine(seed=seed)
@@ -97,6 +100,91 @@ def counts_a_step_more(how: str, rank: int) -> dict[str, Any]:
     except SynthwardError as raised:
         error = raised
     return outcome(module, before, error)
+
+
+def has_a_part_of_the_records(how: str) -> str:
+    """Each rank has given its loader what it was going to train on: rows of its own, or the same under other ids."""
+    rank, module, settings = dist.get_rank(), nn.Linear(4, 1), {"sample_rate": 0.5}
+    records = units_of_their_own(8)
+    data: Any = records
+    if how == "tensors":
+        data = TensorDataset(*(tensor[rank::2] for tensor in records.tensors))
+    elif how == "subset":
+        data = Subset(records, range(rank, 8, 2))
+    else:
+        settings["unit_ids"] = [rank, 2, 2, 3, 3, 4, 4, 4]
+    try:
+        engine_over(module, data, **settings)
+    except SynthwardError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unit_on_two_ranks(how: str, is_apart: bool) -> dict[str, Any]:
+    """A loader of each rank's own, and ids: those of rank 0 and rank 1 have one in common, or none."""
+    module = network(how)
+    optimizer, _, engine = engine_over(module, TensorDataset(records(2)), poisson_sampling=False)
+    before, first = parameters_of(module), 2 if is_apart else 1
+    try:
+        with engine.units([7, 8] if dist.get_rank() == 0 else [7 + first, 8 + first]):
+            module(records(2)).sum().backward()
+        optimizer.step()
+    except SynthwardError as error:
+        return outcome(module, before, error)
+    return outcome(module, before, None)
+
+
+def frozen_values() -> list[np.ndarray]:
+    """Of a network whose first layer is not trained, begun with other values on each rank."""
+    torch.manual_seed(dist.get_rank())
+    module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    module[0].requires_grad_(False)
+    trainer_of(module, torch.optim.SGD(module[1].parameters(), lr=1.0), **NOISY)
+    return [whole(p) for p in module.parameters()]
+
+
+def other_plan_or_lease(folder: str, what: str) -> tuple[str, int]:
+    """Rank 1 goes on by another sampling rate than rank 0, which charges for all: the refusal, and what was charged."""
+    ranks, keys = Ranks.current(), KeySchedule.shared(Ranks.current())
+    kept = None
+    if ranks.is_main:
+        settings: dict[str, Any] = {
+            "unit": "row",
+            "delta": 1e-5,
+            "private": True,
+            "adaptive": True,
+            "accountant": "rdp",
+        }
+        path = Path(folder) / f"{what}.jsonl"
+        kept = Ledger.create(path, run_id="r", key_id=keys.key_id, target_epsilon=8.0, **settings)
+    ledger, module = SharedLedger(ranks, kept), network("replicas")
+    trainer = trainer_of(module, keys=keys, ledger=ledger, **NOISY, sample_rate=0.01)
+    plan = replace(trainer.plan, sample_rate=0.02 if ranks.is_main else 0.03)
+    text = ""
+    try:
+        if what == "plan":
+            trainer.adapt(plan)
+        else:
+            ledger.lease(plan.event(1), 0, 1)
+    except SynthwardError as error:
+        text = f"{type(error).__name__}: {error}"
+    charged = len(ledger.events())
+    if kept is not None:
+        kept.close()
+    return text, charged
+
+
+def joined_late() -> tuple[str, float]:
+    """A trainer that is there before the group. To be started without one."""
+    module = nn.Linear(5, 3)
+    trainer = trainer_of(module, keys=KeySchedule.from_os(), **NOISY)
+    dist.init_process_group("gloo")
+    before = parameters_of(module)
+    try:
+        trainer.apply()
+    except SynthwardError as error:
+        return str(error), float(np.abs(parameters_of(module) - before).max())
+    return "", float(np.abs(parameters_of(module) - before).max())
 
 
 def noise_of_another_stream(how: str) -> dict[str, Any]:

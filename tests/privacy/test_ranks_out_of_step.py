@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tests.distributed.launch import run_ranks
 from tests.distributed.together import Asked, Lost, Outcomes, on_ranks
 
 HOWS = ("replicas", "whole")
 
 
-def work() -> dict[str, tuple[str, tuple[Any, ...]]]:
+RECORDS = ("tensors", "subset", "ids")
+
+
+def work(folder: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
     calls: dict[str, tuple[Any, ...]] = {}
     for how in HOWS:
         for name in ("skips_empty_batches", "noise_of_another_stream"):
             calls[f"{name} {how}"] = (name, how)
         for rank in (0, 1):
             calls[f"counts_a_step_more {how} {rank}"] = ("counts_a_step_more", how, rank)
+        for is_apart in (False, True):
+            calls[f"unit_on_two_ranks {how} {is_apart}"] = ("unit_on_two_ranks", how, is_apart)
+    for kind in RECORDS:
+        calls[f"records {kind}"] = ("has_a_part_of_the_records", kind)
+    for what in ("plan", "lease"):
+        calls[f"other {what}"] = ("other_plan_or_lease", str(folder), what)
+    calls["frozen"] = ("frozen_values",)
     calls["skips_empty_batches exchanged"] = ("skips_empty_batches", "exchanged")
     return {name: (f"tests.privacy.rank_faults:{call[0]}", call[1:]) for name, call in calls.items()}
 
 
 @pytest.fixture(scope="module")
-def found(request) -> Outcomes | Lost | Asked:
+def found(request, tmp_path_factory) -> Outcomes | Lost | Asked:
     """All of it on two ranks, in one group, unless a few tests alone were asked for."""
     here = [item for item in request.session.items if item.path == request.path]
-    return Asked(2, work()) if len(here) <= 3 else on_ranks(2, work())
+    todo = work(tmp_path_factory.mktemp("ranks"))
+    return Asked(2, todo) if len(here) <= 3 else on_ranks(2, todo)
 
 
 @pytest.mark.parametrize("how", [*HOWS, "exchanged"])
@@ -52,3 +66,38 @@ def test_a_rank_whose_noise_would_be_of_another_stream_ends_all(found, how):
     for seen in found[f"noise_of_another_stream {how}"]:
         assert seen["kind"] == "PrivacyError" and "same noise (stream)" in seen["text"]
         assert seen["moved"] == 0.0
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_ranks_with_other_records_are_refused(found, kind):
+    """A draw is of numbers: whoever has half of the records would be drawn by where the others' units stand, and one
+    unit less would move others from rank to rank, where other records have their numbers."""
+    for text in found[f"records {kind}"]:
+        assert text.startswith("PrivacyError") and "same records" in text
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_unit_on_two_ranks_is_refused_where_ids_tell(found, how):
+    for seen in found[f"unit_on_two_ranks {how} False"]:
+        assert seen["kind"] == "PrivacyError" and "two ranks" in seen["text"]
+        assert seen["moved"] == 0.0
+    for seen in found[f"unit_on_two_ranks {how} True"]:
+        assert seen["kind"] == "" and seen["moved"] > 0.0
+
+
+@pytest.mark.parametrize("what", ["plan", "lease"])
+def test_a_plan_or_lease_that_is_not_that_of_all_is_refused_before_it_is_charged(found, what):
+    for text, charged in found[f"other {what}"]:
+        assert text.startswith("PrivacyError") and f"same {what}" in text
+        assert charged == 0
+
+
+def test_what_is_not_trained_is_the_same_on_all_ranks(found):
+    mine, theirs = found["frozen"]
+    assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_trainer_from_before_the_group_takes_no_step():
+    """Its ranks would each spend apart, and only one would tell of it."""
+    for text, moved in run_ranks(2, "tests.privacy.rank_faults:joined_late", join=False):
+        assert "initialized after" in text and moved == 0.0
