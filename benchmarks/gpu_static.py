@@ -190,6 +190,7 @@ def operations() -> Iterator[tuple[str, Callable[[], object]]]:
         for name, units, length, d, p in (
             ("gram_norms", 4096, 16, 512, 512),
             ("gram_norms", 512, 64, 1024, 1024),
+            ("gram_norms", 16, 512, 4096, 4096),
             ("tile_norms", 64, 512, 768, 768),
             ("tile_norms", 8, 8192, 768, 768),
         ):

@@ -26,6 +26,7 @@ from synthward.kernels._triton import (
     slot_rows,
     slots,
 )
+from synthward.kernels.outer.triton_sum import half_or_single
 from synthward.kernels.outer.triton_sum import outer_sum as outer_sum
 from synthward.kernels.outer.triton_sum import scale_rows as scale_rows
 
@@ -41,16 +42,21 @@ class Blocks(NamedTuple):
 
 
 def gradient_blocks(bytes_each: int, d: int, p: int) -> Blocks:
-    """Of `tile_norms` and `outer_sum`: p x d of the gradient, from so many rows at a time."""
+    """Of `tile_norms`: p x d of the gradient, from so many rows at a time."""
     if bytes_each == 2:
-        across = block(d, 16, 128)
-        return Blocks(block(p, 16, 64), across, 32, 8 if across == 128 else 4, 3)
-    return Blocks(block(p, 16, 64), block(d, 16, 64), 16, 4, 3)
+        high, across = block(p, 16, 128), block(d, 16, 128)
+        return Blocks(high, across, 64, 8 if high * across == 128 * 128 else 4, 3)
+    return Blocks(block(p, 16, 128), block(d, 16, 64), 16, 4, 3)
 
 
-def gram_blocks(rows: int, units: int) -> Blocks:
-    """Of `gram_norms`: rows against rows of a unit, 32 columns of either operand at a time."""
-    size = block(ceil_div(rows, units), 16, 64)
+def gram_blocks(bytes_each: int, rows: int, units: int) -> Blocks:
+    """Of `gram_norms`: rows against rows of a unit, so many columns of either operand at a time."""
+    length = ceil_div(rows, units)
+    if bytes_each == 2:
+        if length >= 256:
+            return Blocks(64, 64, 128, 8, 3)
+        return Blocks(64, 64, block(length, 16, 64), 4, 4)
+    size = block(length, 16, 64)
     return Blocks(32, 32, size, 8 if size == 64 else 4, 3)
 
 
@@ -59,22 +65,34 @@ _TINY = 2.0**-126
 
 
 @triton.jit
+def _sixteenths(x, BP: tl.constexpr, BD: tl.constexpr):
+    """Sums of 16 columns each of x [BP, BD] in fp32, of two chains of three additions: few enough for what follows in
+    fp64 to cost little."""
+    x = tl.sum(tl.reshape(x, (BP, 4, BD // 4)), axis=1)
+    return tl.sum(tl.reshape(x, (BP, 4, BD // 16)), axis=1).to(tl.float64)
+
+
+@triton.jit
+def _row_squares(x_ptr, n, inside, width, BR: tl.constexpr, BK: tl.constexpr):
+    """Squared norm of each of some rows, fp64 [BR]: squares of fp32 may vanish where those of the other operand are
+    large."""
+    acc = tl.zeros((BR, BK), tl.float64)
+    rows = x_ptr + n[:, None] * width
+    for k in range(0, width, BK):
+        col = k + tl.arange(0, BK)[None, :]
+        x = tl.load(rows + col, mask=inside[:, None] & (col < width), other=0.0).to(tl.float64)
+        acc += x * x
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
 def _rank1_kernel(
     a_ptr, g_ptr, products_ptr, roots_ptr, squares_ptr, rows, d, p, BR: tl.constexpr, BK: tl.constexpr
 ):
     n = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     inside = n < rows
-    of_a = tl.zeros((BR,), tl.float64)
-    for k in range(0, d, BK):
-        col = k + tl.arange(0, BK)
-        x = tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d), other=0.0).to(tl.float64)
-        of_a += tl.sum(x * x, axis=1)
-    of_g = tl.zeros((BR,), tl.float64)
-    for k in range(0, p, BK):
-        col = k + tl.arange(0, BK)
-        x = tl.load(g_ptr + n[:, None] * p + col, mask=inside[:, None] & (col < p), other=0.0).to(tl.float64)
-        of_g += tl.sum(x * x, axis=1)
-    product = of_a * of_g
+    of_g = _row_squares(g_ptr, n, inside, p, BR, BK)
+    product = _row_squares(a_ptr, n, inside, d, BR, BK) * of_g
     if products_ptr is not None:
         before = tl.load(products_ptr + n, mask=inside, other=0.0)
         tl.store(products_ptr + n, before + product.to(tl.float32), mask=inside)
@@ -89,27 +107,26 @@ def _rank1_kernel(
 
 
 @triton.jit
-def _gram(x_ptr, s, t, s_inside, t_inside, width, BT: tl.constexpr, BK: tl.constexpr):
-    """Inner products of rows s with rows t, fp32 [BT, BT]."""
+def _gram(x_ptr, y_ptr, s_rows, t_rows, width, BT: tl.constexpr, BK: tl.constexpr):
+    """Inner products of BT rows from x_ptr with BT rows from y_ptr, of which so many are there, fp32 [BT, BT]; with
+    themselves, read once, if y_ptr is None."""
     acc = tl.zeros((BT, BT), tl.float32)
+    row = tl.arange(0, BT)[:, None]
     for k in range(0, width, BK):
-        col = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + s[:, None] * width + col, mask=s_inside[:, None] & (col < width), other=0.0)
-        y = tl.load(
-            x_ptr + t[None, :] * width + col[:, None], mask=t_inside & (col[:, None] < width), other=0.0
-        )
-        acc = exact_dot(x, y, acc)
+        col = k + tl.arange(0, BK)[None, :]
+        x = tl.load(x_ptr + (row * width + col), mask=(row < s_rows) & (col < width), other=0.0)
+        if y_ptr is None:
+            acc = exact_dot(x, tl.trans(x), acc)
+        else:
+            y = tl.load(y_ptr + (row * width + col), mask=(row < t_rows) & (col < width), other=0.0)
+            acc = exact_dot(x, tl.trans(y), acc)
     return acc
 
 
 @triton.jit
-def _row_square(x_ptr, row, width, BK: tl.constexpr):
-    acc = tl.zeros((BK,), tl.float64)
-    for k in range(0, width, BK):
-        col = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + row * width + col, mask=col < width, other=0.0).to(tl.float64)
-        acc += x * x
-    return tl.sum(acc, axis=0)
+def _products(aa, gg, lost_a, lost_g):
+    """Products of inner products, and what underflow may have taken from them: as if it were there."""
+    return aa * gg + (lost_a * (tl.abs(gg) + 1.0) + lost_g * (tl.abs(aa) + 1.0))
 
 
 @triton.jit
@@ -120,24 +137,25 @@ def _gram_kernel(
     """One strip of the upper triangle: BT rows of a unit against themselves and all later rows of it."""
     slot = tl.program_id(0).to(tl.int64)
     top, first, last = slot_rows(slots_ptr, offsets_ptr, slot, rows, units, BT)
-    if last - first == 1:
-        if top == first:
-            whole = _row_square(a_ptr, first, d, BK) * _row_square(g_ptr, first, p, BK)
-            tl.store(partials_ptr + slot, whole)
-        else:
-            tl.store(partials_ptr + slot, 0.0)
+    if top >= last:
+        tl.store(partials_ptr + slot, 0.0)
+    elif last - first == 1:
+        n = first + tl.arange(0, 1)
+        whole = _row_squares(a_ptr, n, n < last, d, 1, 128) * _row_squares(g_ptr, n, n < last, p, 1, 128)
+        tl.store(partials_ptr + slot, tl.sum(whole, axis=0))
     else:
-        s = top + tl.arange(0, BT)
-        total = tl.zeros((BT,), tl.float64)
-        for bottom in range(top, last, BT):
-            t = bottom + tl.arange(0, BT)
-            aa = _gram(a_ptr, s, t, s < last, t < last, d, BT, BK).to(tl.float64)  # [BT, BT]
-            gg = _gram(g_ptr, s, t, s < last, t < last, p, BT, BK).to(tl.float64)  # [BT, BT]
-            # What underflow may have taken from either product counts as if it were there.
-            term = aa * gg + (lost_a * tl.abs(gg) + lost_g * tl.abs(aa))
-            later = t[None, :] - s[:, None]
-            total += tl.sum(tl.where(later > 0, 2.0 * term, tl.where(later == 0, term, 0.0)), axis=1)
-        tl.store(partials_ptr + slot, tl.sum(total, axis=0))
+        s_a, s_g, s_rows = a_ptr + top * d, g_ptr + top * p, (last - top).to(tl.int32)
+        aa = _gram(s_a, None, s_rows, 0, d, BT, BK)  # [BT, BT]
+        gg = _gram(s_g, None, s_rows, 0, p, BT, BK)  # [BT, BT]
+        later = tl.arange(0, BT)[None, :] - tl.arange(0, BT)[:, None]
+        term = _products(aa, gg, lost_a, lost_g)
+        total = _sixteenths(tl.where(later > 0, 2.0 * term, tl.where(later == 0, term, 0.0)), BT, BT)
+        for bottom in range(top + BT, last, BT):
+            t_rows = (last - bottom).to(tl.int32)
+            aa = _gram(s_a, a_ptr + bottom * d, s_rows, t_rows, d, BT, BK)
+            gg = _gram(s_g, g_ptr + bottom * p, s_rows, t_rows, p, BT, BK)
+            total += _sixteenths(2.0 * _products(aa, gg, lost_a, lost_g), BT, BT)
+        tl.store(partials_ptr + slot, tl.sum(tl.sum(total, axis=1), axis=0))
 
 
 @triton.jit
@@ -146,43 +164,48 @@ def _tile_kernel(
     BP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One piece [BP, BD] of a unit's gradient, formed in registers, squared, and forgotten if `grads_ptr` is None."""
-    work = tl.program_id(0).to(tl.int64)
-    unit = work // tiles
-    tile = work % tiles
+    unit = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     first, last = segment(offsets_ptr, unit, rows)
     i = tile // across * BP + tl.arange(0, BP)  # columns of g
     j = tile % across * BD + tl.arange(0, BD)  # columns of a
+    k = tl.arange(0, BT)
+    of_g = k[None, :] * p + i[:, None]  # [BP, BT]
+    of_a = k[:, None] * d + j[None, :]  # [BT, BD]
     acc = tl.zeros((BP, BD), tl.float32)
-    for at in range(first, last, BT):
-        n = at + tl.arange(0, BT)
-        g = tl.load(
-            g_ptr + n[None, :] * p + i[:, None], mask=(n < last) & (i[:, None] < p), other=0.0
-        )  # [BP, BT]
-        a = tl.load(a_ptr + n[:, None] * d + j, mask=(n[:, None] < last) & (j < d), other=0.0)  # [BT, BD]
+    for at in range(0, (last - first).to(tl.int32), BT):
+        left = (last - first).to(tl.int32) - at
+        g = tl.load(g_ptr + (first + at) * p + of_g, mask=(k < left)[None, :] & (i < p)[:, None], other=0.0)
+        a = tl.load(a_ptr + (first + at) * d + of_a, mask=(k < left)[:, None] & (j < d)[None, :], other=0.0)
         acc = exact_dot(g, a, acc)
     if grads_ptr is not None:
-        place = unit * d * p + i[:, None] * d + j
-        tl.store(grads_ptr + place, acc, mask=(i[:, None] < p) & (j < d))
-    exact = acc.to(tl.float64)
-    tl.store(partials_ptr + work, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
+        place = unit * d * p + i[:, None] * d + j[None, :]
+        tl.store(grads_ptr + place, acc, mask=(i < p)[:, None] & (j < d)[None, :])
+    # What a square loses to underflow is less than 2^-126, as in every norm that is rounded to fp32.
+    squares = _sixteenths(acc * acc, BP, BD)
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
 
 
 def outer_sq_norms(activations: Tensor, output_grads: Tensor, offsets: Tensor | None, out: Tensor) -> None:
     """By the cheapest way at the units' mean length, which the shapes tell; lengths stay on the device."""
-    a, g = _pair(activations, output_grads)
+    a, g = half_or_single(activations, output_grads)
     rows, d, p = len(a), a.shape[1], g.shape[1]
     if offsets is None:
         _rows(a, g, products=out)
         written(out)
         return
     units = max(len(out), 1)
-    method = tile_norms if _tile_cost(rows / units, d, p) < _gram_cost(rows / units, d, p) else gram_norms
+    method = (
+        tile_norms
+        if _tile_cost(rows / units, d, p) < _gram_cost(a.element_size(), rows / units, d, p)
+        else gram_norms
+    )
     method(a, g, offsets, out)
 
 
 def rank1_norms(activations: Tensor, output_grads: Tensor, sq_norms: Tensor, row_sums: Tensor) -> Tensor:
     """As `synthward.kernels.rank1_norms`."""
-    a, g = _pair(activations, output_grads)
+    a, g = half_or_single(activations, output_grads)
     squares = torch.empty(len(a), dtype=torch.float32, device=a.device)
     _rows(a, g, products=sq_norms, roots=row_sums, squares=squares)
     written(sq_norms, row_sums)
@@ -197,11 +220,11 @@ def gram_norms(
     row_sums: Tensor | None = None,
 ) -> None:
     """Add squared norms, and ``sum_n |a_n| |g_n|`` if asked for, by upper triangles that never leave the chip."""
-    a, g = _pair(activations, output_grads)
+    a, g = half_or_single(activations, output_grads)
     rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
     if 0 in (rows, d, p, units):
         return
-    shape = gram_blocks(rows, units)
+    shape = gram_blocks(a.element_size(), rows, units)
     size = shape.rows
     with on(a):
         of_slots = slots(offsets, rows, size)
@@ -228,7 +251,7 @@ def tile_norms(
     grads: Tensor | None = None,
 ) -> None:
     """As `gram_norms` by pieces of each unit's gradient, which are kept only in `grads` float32 [U, p * d]."""
-    a, g = _pair(activations, output_grads)
+    a, g = half_or_single(activations, output_grads, is_padded=grads is None)
     rows, d, p, units = len(a), a.shape[1], g.shape[1], len(sq_norms)
     if 0 in (d, p, units):
         return
@@ -249,13 +272,6 @@ def tile_norms(
         add_totals(sq_norms, partials)
         _add_row_sums(a, g, offsets, row_sums)
     written(sq_norms, row_sums)
-
-
-def _pair(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous operands of one dtype."""
-    if activations.dtype != output_grads.dtype:
-        activations, output_grads = activations.float(), output_grads.float()
-    return activations.detach().contiguous(), output_grads.detach().contiguous()
 
 
 def _rows(
@@ -280,9 +296,9 @@ def _add_row_sums(a: Tensor, g: Tensor, offsets: Tensor, row_sums: Tensor | None
         add_totals(row_sums, roots, offsets=offsets, rows=len(a))
 
 
-def _gram_cost(length: float, d: int, p: int) -> float:
+def _gram_cost(bytes_each: int, length: float, d: int, p: int) -> float:
     """Multiply-adds of a unit of `length` rows, whole tiles of the upper triangle counted."""
-    size = gram_blocks(math.ceil(length), 1).rows
+    size = gram_blocks(bytes_each, math.ceil(length), 1).rows
     strips = -(-length // size)
     return strips * (strips + 1) / 2 * size * size * (d + p)
 

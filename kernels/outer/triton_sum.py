@@ -331,12 +331,17 @@ def _sorted_blocks(weights: Tensor, blocks: int, size: int) -> tuple[Tensor, Ten
     return order, shared, counts
 
 
-def half_or_single(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+def half_or_single(
+    activations: Tensor, output_grads: Tensor, *, is_padded: bool = True
+) -> tuple[Tensor, Tensor]:
     """Contiguous operands of one dtype. Rows of half precision start at multiples of 32 bytes, with zeros behind them:
     a thread then loads 16 bytes at once and not two."""
     if activations.dtype != output_grads.dtype:
         activations, output_grads = activations.float(), output_grads.float()
-    return _aligned(activations.detach()), _aligned(output_grads.detach())
+    a, g = (
+        _aligned(t.detach()) if is_padded else t.detach().contiguous() for t in (activations, output_grads)
+    )
+    return a, g
 
 
 def _aligned(rows: Tensor) -> Tensor:

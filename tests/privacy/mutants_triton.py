@@ -17,6 +17,7 @@ GRAM = TESTS + "test_outer_norms[gram-17-31-ragged]"
 TILE = TESTS + "test_outer_norms[tile-17-31-ragged]"
 SINGLE = TESTS + "test_single_rows_give_norms_row_sums_and_squares"
 SUM = TESTS + "test_outer_sum[dtype0-13-17-33]"
+NORMS = "tests/kernels/test_triton_norms.py::test_norms"
 TRITON_SUM = "tests/kernels/test_triton_sum.py::"
 SORTED = TRITON_SUM + "test_sums_over_blocks_of_one_weight"
 CUT_SUM = TRITON_SUM + "test_parts_take_each_block_once[dtype0-3]"
@@ -26,9 +27,8 @@ TRITON = [
     Mutant(
         "rank-1: the last block of columns counts in no norm",
         OUTER,
-        "tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d), other=0.0).to(tl.float64)",
-        "tl.load(a_ptr + n[:, None] * d + col, mask=inside[:, None] & (col < d // BK * BK), other=0.0)"
-        ".to(tl.float64)",
+        "mask=inside[:, None] & (col < width), other=0.0).to(tl.float64)",
+        "mask=inside[:, None] & (col < width // BK * BK), other=0.0).to(tl.float64)",
         (SINGLE,),
     ),
     Mutant(
@@ -41,15 +41,15 @@ TRITON = [
     Mutant(
         "gram: the last row of a unit counts in no product of two rows",
         OUTER,
-        "aa = _gram(a_ptr, s, t, s < last, t < last, d, BT, BK)",
-        "aa = _gram(a_ptr, s, t, s < last, t < last - 1, d, BT, BK)",
+        "aa = _gram(s_a, None, s_rows, 0, d, BT, BK)",
+        "aa = _gram(s_a, None, s_rows - 1, 0, d, BT, BK)",
         (GRAM,),
     ),
     Mutant(
         "gram: the last columns count in no product",
         OUTER,
-        "mask=s_inside[:, None] & (col < width)",
-        "mask=s_inside[:, None] & (col < width // 16 * 16)",
+        "mask=(row < s_rows) & (col < width)",
+        "mask=(row < s_rows) & (col < width // 16 * 16)",
         (GRAM,),
     ),
     Mutant(
@@ -58,6 +58,20 @@ TRITON = [
         "tl.where(later > 0, 2.0 * term,",
         "tl.where(later > 0, term,",
         (GRAM,),
+    ),
+    Mutant(
+        "gram: pairs of rows of two blocks count once",
+        OUTER,
+        "_sixteenths(2.0 * _products(aa, gg, lost_a, lost_g), BT, BT)",
+        "_sixteenths(_products(aa, gg, lost_a, lost_g), BT, BT)",
+        (NORMS + "[gram-dtype0-17-31-across blocks]",),
+    ),
+    Mutant(
+        "gram: rows of a later block are those of the first",
+        OUTER,
+        "gg = _gram(s_g, g_ptr + bottom * p, s_rows, t_rows, p, BT, BK)",
+        "gg = _gram(s_g, s_g, s_rows, t_rows, p, BT, BK)",
+        (NORMS + "[gram-dtype0-17-31-across blocks]",),
     ),
     Mutant(
         "gram: what underflows counts as nothing",
@@ -69,22 +83,22 @@ TRITON = [
     Mutant(
         "tile: the last columns count in no norm",
         OUTER,
-        "mask=(n[:, None] < last) & (j < d), other=0.0)  # [BT, BD]",
-        "mask=(n[:, None] < last) & (j < d - 1), other=0.0)  # [BT, BD]",
+        "mask=(k < left)[:, None] & (j < d)[None, :], other=0.0)",
+        "mask=(k < left)[:, None] & (j < d - 1)[None, :], other=0.0)",
         (TILE,),
     ),
     Mutant(
         "tile: the last row of a unit counts in no norm",
         OUTER,
-        "mask=(n < last) & (i[:, None] < p), other=0.0",
-        "mask=(n < last - 1) & (i[:, None] < p), other=0.0",
+        "mask=(k < left)[None, :] & (i < p)[:, None], other=0.0",
+        "mask=(k < left - 1)[None, :] & (i < p)[:, None], other=0.0",
         (TILE,),
     ),
     Mutant(
         "tile: the last row of a gradient is not kept",
         OUTER,
-        "tl.store(grads_ptr + place, acc, mask=(i[:, None] < p) & (j < d))",
-        "tl.store(grads_ptr + place, acc, mask=(i[:, None] < p - 1) & (j < d))",
+        "tl.store(grads_ptr + place, acc, mask=(i < p)[:, None] & (j < d)[None, :])",
+        "tl.store(grads_ptr + place, acc, mask=(i < p - 1)[:, None] & (j < d)[None, :])",
         (TESTS + "test_gradients_of_units_are_kept_if_asked_for",),
     ),
     Mutant(
