@@ -134,12 +134,14 @@ class OuterUse:
 
     def chain(self, layout: Layout) -> Length:
         a, g = self.activations, self.output_grads
-        if layout.is_single or _is_small(layout):
+        is_compiled_here = is_compiled(a, g)
+        if layout.is_single or (_is_small(layout) and _place(a) == "cpu"):
             return 1
-        if self.is_formed:
+        if self.is_formed and not _is_small(layout):
             return self._sum_chain(layout)
-        width = a.shape[1] + int(self.with_bias)
-        return sum_chain(max(width, g.shape[1]), compiled=is_compiled(a, g))
+        chain = sum_chain(max(a.shape[1] + int(self.with_bias), g.shape[1]), compiled=is_compiled_here)
+        # Elsewhere pairs of inner products are multiplied, and some of them added up, in fp32, too.
+        return chain if is_compiled_here else chain + 4
 
     def released_chain(self, layout: Layout) -> Length:
         chain, rounding = self._sum_chain(layout), rounding_of(self.terms) if self.is_half else 0.0

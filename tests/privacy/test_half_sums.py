@@ -5,6 +5,8 @@ Rows that cancel are the hard case: what is left of them is small, what rounding
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,3 +123,19 @@ def test_how_much_a_choice_widens_a_norm():
 def test_a_choice_that_is_none():
     with pytest.raises(ConfigError, match="half_sums: got 'half'"):
         PerfSpec(half_sums="half")
+
+
+def test_norms_of_few_rows_are_bounded_as_what_takes_them_is():
+    """In fp64 on a CPU; on a GPU in fp32, as those of many rows."""
+    rows, few, many = torch.zeros(64, 40), Layout.uniform(8, 8), Layout.uniform(1, 64)
+    use = uses.OuterUse(rows, rows)
+    assert use.chain(few) == 1
+    token = uses.planned_device.set("cuda")
+    try:
+        with FakeTensorMode() as mode:
+            shapes = uses.OuterUse(mode.from_tensor(rows), mode.from_tensor(rows))
+            assert shapes.chain(few) == shapes.chain(many) == 44
+            assert replace(shapes, method="tile").chain(few) == 44
+            assert replace(shapes, method="tile").chain(many) == 64
+    finally:
+        uses.planned_device.reset(token)
