@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from synthward.kernels import _check
-from synthward.kernels._select import Backend, use_cpp
+from synthward.kernels._select import Backend, choose
 from synthward.kernels.decode import cpp_impl, reference
 
 
@@ -79,8 +79,15 @@ def residual_features(
         ("shifts", network.shifts, (blocks + 1, width)),
     ):
         _check.shape(tensor, shape, name)
-    if use_cpp(backend, sums, common, values, value_weights, *network.tensors()):
+    chosen = choose(backend, sums, common, values, value_weights, *network.tensors())
+    if chosen == "cpp":
         return cpp_impl.residual_features(sums, common, values, value_weights, network)
+    if chosen == "triton":
+        from synthward.kernels.decode import triton_impl
+
+        return triton_impl.residual_features(sums, common, values, value_weights, network)
+    if chosen == "shapes":
+        return torch.empty_like(sums)
     return reference.residual_features(sums, common, values, value_weights, network)
 
 
@@ -112,6 +119,10 @@ def draw_tokens(
         sums: written, [N, q].
         backend: who executes.
 
+    Returns:
+        Tokens, counted from the first of their column. The Triton kernel, for which nobody looks at `offsets` and
+        `columns` on a device, gives -1 for what is no column, and adds nothing.
+
     Raises:
         TypeError, ValueError: naming the argument; `added` without `sums` or the reverse.
     """
@@ -125,7 +136,6 @@ def draw_tokens(
             raise TypeError(f"{name}: has dtype {tensor.dtype}, expected torch.int64")
     if columns.ndim != 2 or len(columns) != rows:
         raise ValueError(f"columns: has shape {list(columns.shape)}, expected [{rows}, k]")
-    _check_columns(offsets, columns, len(weight))
     _check.shape(uniforms, tuple(columns.shape), "uniforms")
     if (added is None) != (sums is None):
         raise ValueError("added: goes with sums, and sums with added")
@@ -134,8 +144,20 @@ def draw_tokens(
         _check.same_rows(sums, rows, "sums")
         _check.shape(added, (len(weight), sums.shape[1]), "added")
     inputs = (features, weight, bias, offsets, columns, uniforms)
-    if use_cpp(backend, *inputs, added, sums):
+    chosen = choose(backend, *inputs, added, written=(sums,))
+    if chosen == "shapes":
+        return torch.empty_like(columns)
+    if chosen != "triton" or columns.device.type == "cpu":
+        _check_columns(offsets, columns, len(weight))
+    else:
+        # To look at what is on a device would be to wait for it.
+        _check.unit_count(offsets, len(weight))
+    if chosen == "cpp":
         return cpp_impl.draw_tokens(*inputs, added, sums)
+    if chosen == "triton":
+        from synthward.kernels.decode import triton_impl
+
+        return triton_impl.draw_tokens(*inputs, added, sums)
     return reference.draw_tokens(*inputs, added, sums)
 
 

@@ -22,6 +22,7 @@ from synthward.kernels import (
     diagonal_sq_norms,
     diagonal_weighted_sum,
     discrete_release_,
+    draw_tokens,
     gaussian_noise,
     group_norm_backward,
     layer_norm_backward,
@@ -29,6 +30,7 @@ from synthward.kernels import (
     noisy_sgd_,
     outer_sq_norms,
     outer_weighted_sum,
+    residual_features,
     rounded_gaussian,
     scale_rows,
 )
@@ -39,6 +41,7 @@ from synthward.kernels.scatter import triton_impl as scatter_impl
 from tests.kernels.cases import generator, matrix, offsets_of, whole
 from tests.kernels.correlations import correlation
 from tests.kernels.test_conv import must, shape_of
+from tests.kernels.test_decode import head, inputs, network
 
 RAGGED, LONG, EMPTY, NONE = [3, 0, 1, 5, 17, 0, 2, 4], [1, 64, 65, 0, 63], [0, 0], []
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -229,6 +232,15 @@ def sgd(count: int, noise_std: float, kind: str | None, is_first: bool, has_buff
     return [param, grad, buffer]
 
 
+def decode(rows: int, p: int, numbers: int, blocks: int, sizes: list[int], count: int) -> list[Tensor]:
+    rng = generator(7)
+    features = residual_features(*inputs(rows, p, numbers, rng), network(p, blocks, rng), **TRITON)
+    _, *others = head(rows, p, sizes, count, rng)
+    sums = ones(rows, 5)
+    tokens = draw_tokens(features, *others, added=whole(sum(sizes), 5, 3), sums=sums, **TRITON)
+    return [features, tokens, sums]
+
+
 def names(*kernels: str) -> frozenset[str]:
     return frozenset(f"_{name}_kernel" for name in kernels)
 
@@ -408,5 +420,21 @@ OPERATIONS = {
             (1025, 0.0, None, False, False),
         ],
         [(1023, 1.3, None, False, False), (1025, 1.3, "banded", False, True), (1023, 0.0, None, True, True)],
+    ),
+    "decode": Operation(
+        decode,
+        names("first_layer", "residual", "last_norm", "draw", "add"),
+        [
+            (0, 3, 2, 1, [3, 2], 1),
+            (1, 1, 0, 0, [1], 1),
+            (5, 33, 3, 1, [1, 17, 2], 3),
+            (3, 17, 1, 1, [300, 5, 2], 2),
+            (2, 3, 2, 1, [3, 2], 0),
+        ],
+        [
+            (65, 65, 5, 2, [16, 15, 1], 2),
+            (63, 15, 1, 1, [128, 129, 1], 1),
+            (4, 257, 2, 1, [255, 256, 7], 5),
+        ],
     ),
 }

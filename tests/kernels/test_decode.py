@@ -210,5 +210,3 @@ def test_arguments_that_do_not_fit():
         draw_tokens(*good[:4], good[4].int(), good[5])
     with pytest.raises(ValueError, match="added"):
         draw_tokens(*good, added=torch.zeros(5, 2))
-    with pytest.raises(ValueError, match="Triton"):
-        draw_tokens(*good, backend="triton")

@@ -22,7 +22,17 @@ MODULES = [
     "outer.triton_sum",
     *(
         f"{name}.triton_impl"
-        for name in ("outer", "conv", "diagonal", "scatter", "normalize", "noise", "discrete", "update")
+        for name in (
+            "outer",
+            "conv",
+            "diagonal",
+            "scatter",
+            "normalize",
+            "noise",
+            "discrete",
+            "update",
+            "decode",
+        )
     ),
 ]
 BF16 = dict.fromkeys(("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr"), "*bf16")
@@ -37,7 +47,9 @@ TAKE_X = {
     ),
 }
 POINTERS = {
-    **dict.fromkeys(("offsets_ptr", "keys_ptr", "order_ptr", "integers_ptr"), "*i64"),
+    **dict.fromkeys(
+        ("offsets_ptr", "keys_ptr", "order_ptr", "integers_ptr", "columns_ptr", "tokens_ptr"), "*i64"
+    ),
     **dict.fromkeys(("slots_ptr", "out_words_ptr", "kinds_ptr", "counts_ptr"), "*i32"),
     **dict.fromkeys(
         ("partials_ptr", "fragments_ptr", "scale_partials_ptr", "bias_partials_ptr", "release_ptr"), "*fp64"
@@ -166,6 +178,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"GROUPS": 4, "FIRST": False, "num_warps": 2},
     ],
     "_sgd_silent_kernel": [{"BLOCK": 1024, "FIRST": True}, {"BLOCK": 1024, "FIRST": False, "buffer_ptr": None}],
+    "_first_layer_kernel": [{"BR": 4, "BP": 256}, {"BR": 4, "BP": 16}],
+    "_residual_kernel": [
+        {"BR": 64, "BP": 64, "BK": 16, "STATISTICS": 64},
+        {"BR": 64, "BP": 16, "BK": 16, "STATISTICS": 16},
+    ],
+    "_last_norm_kernel": [{"BR": 4, "BK": 256}, {"BR": 4, "BK": 16}],
+    "_draw_kernel": [{"BT": 16, "BK": 64, "num_warps": 1}, {"BT": 128, "BK": 16, "num_warps": 2}],
+    "_add_kernel": [{"BP": 256, "num_warps": 2}],
 }  # fmt: skip
 
 
