@@ -135,6 +135,8 @@ class Generator(ABC):
 
     def log_normalizers(self, logits: Tensor) -> Tensor:
         """Log-sum-exp per token column, [R, tokens], by one small GEMM instead of a loop over columns."""
+        if not self.layout.tokens:
+            return logits.new_zeros(len(logits), 0)
         top = logits.detach().amax(dim=1, keepdim=True)
         return torch.log((logits - top).exp() @ self.membership + 1e-30) + top
 
