@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from synthward.engine.device import CPU, copy_to
-from synthward.kernels import chacha20_words, gaussian_noise
+from synthward.engine.device import CPU
+from synthward.kernels import gaussian_noise, uniform_noise
 
 _DOMAIN = b"synthward/v1/sampling/"
 
@@ -31,7 +32,7 @@ class Draws:
         stream: of the first call, below 2^15 with all that follow.
         step: below 2^48.
         first: number of the first row.
-        device: where the numbers are put; they are the same on all.
+        device: where the numbers are made; they are the same on all.
 
     Raises:
         TypeError, ValueError: naming the argument, at the first call that it does not fit.
@@ -50,23 +51,15 @@ class Draws:
 
     def uniform(self, rows: int, k: int) -> Tensor:
         """Float32 [rows, k], multiples of 2^-24 in [0, 1)."""
-        words = chacha20_words(
-            self._key, stream=self._next(), step=self._step, start=self._first * k, count=rows * k
-        )
-        numbers = torch.from_numpy((words >> 8).astype("float32")).mul_(2.0**-24)
-        return copy_to(numbers, self._device).view(rows, k)
+        return self._made(uniform_noise, rows, k)
 
     def normal(self, rows: int, k: int) -> Tensor:
         """Standard normal float32 [rows, k]."""
-        noise = gaussian_noise(
-            rows * k,
-            key=self._key,
-            stream=self._next(),
-            step=self._step,
-            start=self._first * k,
-            device=self._device,
-        )
-        return noise.view(rows, k)
+        return self._made(gaussian_noise, rows, k)
+
+    def _made(self, noise: Callable[..., Tensor], rows: int, k: int) -> Tensor:
+        place = {"key": self._key, "stream": self._next(), "step": self._step, "start": self._first * k}
+        return noise(rows * k, **place, device=self._device).view(rows, k)
 
     def _next(self) -> int:
         self._stream += 1

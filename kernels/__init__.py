@@ -28,6 +28,7 @@ from synthward.kernels.discrete import discrete_release_ as discrete_release_
 from synthward.kernels.discrete import rounded_gaussian as rounded_gaussian
 from synthward.kernels.noise import add_gaussian_noise_ as add_gaussian_noise_
 from synthward.kernels.noise import gaussian_noise as gaussian_noise
+from synthward.kernels.noise import uniform_noise as uniform_noise
 from synthward.kernels.noise.correlation import Correlation as Correlation
 from synthward.kernels.normalize import group_norm_backward as _group_norm_backward
 from synthward.kernels.normalize import layer_norm_backward as _layer_norm_backward

@@ -44,6 +44,37 @@ def gaussian_noise(
     return out
 
 
+def uniform_noise(
+    count: int,
+    *,
+    key: bytes,
+    stream: int,
+    step: int,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Float32 [count], multiples of 2^-24 in [0, 1): the upper 24 bits of the words ``start .. start + count`` of a
+    stream (`synthward.kernels.chacha20_words`), the same by every backend and on every device.
+
+    For post-processing: the words are those that `gaussian_noise` of the same stream and step is made from.
+
+    Raises:
+        TypeError, ValueError: as `gaussian_noise`.
+    """
+    _check.place(key, stream, step, start, count)
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    chosen = choose(backend, written=(out,))
+    if chosen == "triton":
+        from synthward.kernels.noise import triton_impl
+
+        triton_impl.uniform_noise(out, key, stream, step, start)
+    elif chosen != "shapes":
+        made = cpp_impl if chosen == "cpp" else reference
+        out.copy_(made.uniform_noise(count, key, stream, step, start))
+    return out
+
+
 def add_gaussian_noise_(
     tensor: Tensor,
     *,

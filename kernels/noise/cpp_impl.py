@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from synthward import _C
@@ -13,6 +14,11 @@ from synthward.kernels.noise.correlation import Correlation
 
 def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:
     _C.gaussian_noise(view(out), key, stream, step, start, threads())
+
+
+def uniform_noise(count: int, key: bytes, stream: int, step: int, start: int) -> Tensor:
+    words = _C.chacha20_words(key, stream, step, start, count)
+    return torch.from_numpy((words >> 8).astype("float32")).mul_(2.0**-24)
 
 
 def add_gaussian_noise_(

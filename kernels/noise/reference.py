@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from synthward.kernels._chacha import reference_gaussians
+from synthward.kernels._chacha import reference_blocks, reference_gaussians
 from synthward.kernels.noise.correlation import Correlation
 
 
 def gaussian_noise(count: int, key: bytes, stream: int, step: int, start: int) -> Tensor:
     return torch.from_numpy(reference_gaussians(key, stream=stream, step=step, start=start, count=count))
+
+
+def uniform_noise(count: int, key: bytes, stream: int, step: int, start: int) -> Tensor:
+    blocks = np.arange(start // 16, -(-(start + count) // 16), dtype=np.uint64)
+    words = reference_blocks(key, stream << 48 | step, blocks).ravel()[start % 16 :][:count]
+    return torch.from_numpy((words >> 8).astype(np.float32) * np.float32(2.0**-24))
 
 
 def add_gaussian_noise_(

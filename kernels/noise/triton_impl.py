@@ -283,6 +283,20 @@ def _words_kernel(
         tl.store(out_ptr + b * 16 + w, words[w].to(tl.int32, bitcast=True), mask=b < count)
 
 
+@triton.jit(do_not_specialize=PLACE)
+def _uniform_kernel(
+    out_ptr, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, start, count, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Upper 24 bits of words `start`, start + 1, ... as numbers in [0, 1)."""
+    first = start.to(tl.int64) // 16 + tl.program_id(0).to(tl.int64) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    words = chacha(block, k0, k1, k2, k3, k4, k5, k6, k7, n0, n1, False)
+    for w in tl.static_range(16):
+        i = block * 16 + w - start
+        uniform = (words[w] >> 8).to(tl.float32) * 5.960464477539063e-08  # 2^-24
+        tl.store(out_ptr + i, uniform, mask=(i >= 0) & (i < count))
+
+
 def place(key: bytes, stream: int, step: int) -> tuple[int, ...]:
     """Ten signed 32-bit words: the key and the nonce."""
     whole = key + (stream << 48 | step).to_bytes(8, "little")
@@ -314,6 +328,18 @@ def correlated(
 
 def gaussian_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:
     _run(out, key, stream, step, start, 1.0, None, fill=True)
+
+
+def uniform_noise(out: Tensor, key: bytes, stream: int, step: int, start: int) -> None:
+    count = len(out)
+    if count == 0:
+        return
+    blocks = ceil_div(start + count, 16) - start // 16
+    with on(out):
+        _uniform_kernel[(ceil_div(blocks, 64),)](
+            out, *place(key, stream, step), start, count, BLOCKS=64, num_warps=2, **UNFUSED
+        )
+    written(out)
 
 
 def add_gaussian_noise_(

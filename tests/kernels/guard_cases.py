@@ -33,6 +33,7 @@ from synthward.kernels import (
     residual_features,
     rounded_gaussian,
     scale_rows,
+    uniform_noise,
 )
 from synthward.kernels.noise.triton_impl import chacha20_blocks
 from synthward.kernels.outer import triton_impl as outer_impl
@@ -196,6 +197,10 @@ def noise(start: int, count: int, kind: str | None) -> list[Tensor]:
     if kind is None:
         return [added, gaussian_noise(count, start=start, **PLACE, **TRITON)]
     return [added, *states]
+
+
+def uniform(start: int, count: int) -> list[Tensor]:
+    return [uniform_noise(count, start=start, **PLACE, **TRITON)]
 
 
 def words(start: int, count: int) -> list[Tensor]:
@@ -399,6 +404,12 @@ OPERATIONS = {
         names("noise"),
         [(7, 0, None), (0, 1, None), (100, 1025, None), (3, 131, "banded"), (3, 257, "blt")],
         [(256 * 2**33 + 3, 2049, None), (255, 1024, "inverse"), (1023, 1023, "banded")],
+    ),
+    "uniform": Operation(
+        uniform,
+        names("uniform"),
+        [(7, 0), (0, 1), (15, 1), (13, 67)],
+        [(3, 1021), (16 * 2**33 + 5, 1040), (0, 1024)],
     ),
     "words": Operation(words, names("words"), [(0, 1), (2**32 - 5, 65)], [(5, 63), (7, 128)]),
     "integers": Operation(

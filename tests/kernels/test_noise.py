@@ -12,7 +12,14 @@ import torch
 from scipy import stats
 
 from synthward import _C
-from synthward.kernels import add_gaussian_noise_, available_isas, chacha20_words, force_isa, gaussian_noise
+from synthward.kernels import (
+    add_gaussian_noise_,
+    available_isas,
+    chacha20_words,
+    force_isa,
+    gaussian_noise,
+    uniform_noise,
+)
 from synthward.kernels._chacha import EXTENSION_BIT, RARE, reference_blocks
 from tests.privacy.stats import FALSE_ALARM, assert_gaussian, assert_uncorrelated
 
@@ -188,3 +195,15 @@ def test_added_noise_is_scaled_noise(backend, count):
     expected = tensor + 2.5 * z
     assert add_gaussian_noise_(tensor, start=5, noise_std=2.5, **PLACE, backend=backend) is tensor
     assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("start", [0, 5, 16 * 2**33 - 3])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_uniform_numbers_are_the_upper_bits_of_the_words(start, count):
+    words = chacha20_words(KEY, stream=3, step=7, start=start, count=count)
+    expected = torch.from_numpy((words >> 8) / 2.0**24)
+    for backend in ("auto", "cpp", "reference"):
+        found = uniform_noise(count, start=start, **PLACE, backend=backend)
+        assert found.dtype == torch.float32 and torch.equal(found.double(), expected)
+    with pytest.raises(ValueError, match="count"):
+        uniform_noise(-1, **PLACE)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the package triton cannot be imported here")
 
-from synthward.kernels import add_gaussian_noise_, chacha20_words, gaussian_noise, noisy_adam_, noisy_sgd_
+from synthward.kernels import (
+    add_gaussian_noise_,
+    chacha20_words,
+    gaussian_noise,
+    noisy_adam_,
+    noisy_sgd_,
+    uniform_noise,
+)
 from synthward.kernels._chacha import RARE, reference_blocks
 from synthward.kernels._triton import INTERPRETED
 from synthward.kernels.noise.triton_impl import chacha20_blocks
@@ -40,6 +47,13 @@ def test_normals_are_those_of_the_cpu_bit_for_bit(start, count):
     tensor = torch.linspace(-1, 1, count)
     added = add_gaussian_noise_(tensor.to(DEVICE), start=start, noise_std=2.5, **PLACE, backend="triton")
     assert torch.equal(added.cpu(), add_gaussian_noise_(tensor, start=start, noise_std=2.5, **PLACE))
+
+
+@pytest.mark.parametrize("start", [0, 15, 100, 16 * 2**33 + 3])
+@pytest.mark.parametrize("count", [0, 1, 17, 1030])
+def test_uniform_numbers_are_those_of_the_cpu(start, count):
+    found = uniform_noise(count, start=start, **PLACE, device=DEVICE, backend="triton")
+    assert torch.equal(found.cpu(), uniform_noise(count, start=start, **PLACE, backend="cpp"))
 
 
 def test_rare_radii_are_refined_as_on_the_cpu():

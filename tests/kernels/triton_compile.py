@@ -164,6 +164,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         *({"GROUPS": 4, "FILL": False, **kept, "num_warps": 2} for kept in (TAPS, {})),
     ],
     "_words_kernel": [{"BLOCKS": 64}],
+    "_uniform_kernel": [{"BLOCKS": 64, "num_warps": 2}],
     "_rounded_kernel": [{"GROUPS": 4, "num_warps": 2}],
     "_release_kernel": [{"GROUPS": 4, "num_warps": 2}],
     "_adam_kernel": [
