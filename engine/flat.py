@@ -178,7 +178,7 @@ class FlatParameters(Spans):
             span.parameter.data = view
             span.parameter.grad = None
         # Ranks that began with other values of what is not trained would each add up gradients of another network.
-        frozen = [p.detach() for p in module.parameters() if id(p) not in self.positions]
+        frozen = [_bytes_of(p.detach()) for p in module.parameters() if id(p) not in self.positions]
         copy_from_main(self.ranks, [self.data, *frozen, *module.buffers()])
         self._gatherer = gatherer(self._buckets, self.device)
         self.note_places()
@@ -246,6 +246,11 @@ def wrap_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, ranks: 
     if any(sharded.is_sharded(parameter) for parameter in module.parameters()):
         return sharded.ShardedParameters(module, optimizer, ranks)
     return FlatParameters(module, optimizer, ranks)
+
+
+def _bytes_of(value: Tensor) -> Tensor:
+    """The memory of a tensor, as an exchange takes it whatever its type."""
+    return value.view(-1).view(torch.uint8) if type(value) is Tensor and value.is_contiguous() else value
 
 
 def _check_kind(name: str, parameter: nn.Parameter) -> None:

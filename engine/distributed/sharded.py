@@ -272,7 +272,12 @@ class _Reduced(Pending):
 
 
 def watch_layers(module: nn.Module, state: CaptureState) -> None:
-    """Tell the capture which whole parameter stands for which of its rows, and keep it out of FSDP's own hooks."""
+    """Tell the capture which whole parameter stands for which of its rows, and keep it out of FSDP's own hooks: out of
+    no others, which may mix units and write statistics as a forward pass may.
+
+    Raises:
+        UnsupportedOperationError: FSDP's hooks are not where they are looked for.
+    """
     known = weakref.ref(state)
     names = {name: i for i, name in enumerate(state.names)}
     for prefix, layer in module.named_modules():
@@ -281,23 +286,40 @@ def watch_layers(module: nn.Module, state: CaptureState) -> None:
             for key, p in layer._parameters.items()
             if p is not None and (f"{prefix}.{key}" if prefix else key) in names
         }
-        if _is_unit(layer):
-            # Before and after FSDP's hooks, which were there first.
-            layer.register_forward_pre_hook(_Pause(known, is_paused=True), prepend=True)
-            layer.register_forward_pre_hook(_Pause(known, is_paused=False))
-            layer.register_forward_hook(_Pause(known, is_paused=True), prepend=True)
-            layer.register_forward_hook(_Pause(known, is_paused=False))
-        layer.register_forward_pre_hook(_Note(known, places))
+        note = _Note(known, places)
+        if not isinstance(layer, FSDPModule):
+            layer.register_forward_pre_hook(note, prepend=True)
+            continue
+        hooks: list[dict[int, Any]] = [layer._forward_pre_hooks, layer._forward_hooks]
+        for found, then in zip(hooks, (note, None), strict=True):
+            own = [number for number, hook in found.items() if _is_of_fsdp(hook)]
+            if len(own) != 1:
+                raise UnsupportedOperationError(
+                    f"module {prefix or '(the whole)'!r}: fully_shard has put its hooks somewhere else (one call on "
+                    "several modules, or a version of torch that is not known); call it on each module"
+                )
+            found[own[0]] = _Paused(known, found[own[0]], then)
 
 
-class _Pause:
-    def __init__(self, state: weakref.ref[CaptureState], *, is_paused: bool) -> None:
-        self._state, self._is_paused = state, is_paused
+class _Paused:
+    """A hook of FSDP, which the capture does not look at; then what may see the parameters that it has put in place."""
 
-    def __call__(self, *_: Any) -> None:
+    def __init__(self, state: weakref.ref[CaptureState], hook: Any, then: _Note | None) -> None:
+        self._state, self._hook, self._then = state, hook, then
+
+    def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self._state()
-        if state is not None:
-            state.is_paused = self._is_paused
+        before = state is not None and state.is_paused
+        try:
+            if state is not None:
+                state.is_paused = True
+            found = self._hook(layer, *args, **kwargs)
+        finally:
+            if state is not None:
+                state.is_paused = before
+        if self._then is not None:
+            self._then(layer, args)
+        return found
 
 
 class _Note:
@@ -313,8 +335,9 @@ class _Note:
                 state.stand_in(position, parameter)
 
 
-def _is_unit(layer: nn.Module) -> bool:
-    return isinstance(layer, FSDPModule)
+def _is_of_fsdp(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return isinstance(hook, _Paused) or type(owner).__module__.startswith("torch.distributed.fsdp")
 
 
 def _rows(shape: torch.Size) -> tuple[int, int]:

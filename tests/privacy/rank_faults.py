@@ -11,7 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from synthward import PrivacyEngine
@@ -134,11 +134,50 @@ def unit_on_two_ranks(how: str, is_apart: bool) -> dict[str, Any]:
     return outcome(module, before, None)
 
 
+def arranges_in_the_third_batch(how: str) -> tuple[int, str]:
+    """A hook of the second layer that mixes rows of large values: the step at which that is refused, and its text."""
+    module = network("replicas")
+    module[2].register_forward_pre_hook(_mix_large)
+    spread(module, how)
+    trainer = trainer_of(module, **NOISY)
+    for step in range(4):
+        # The same on both ranks, so that both see it.
+        x = records(4) * (100.0 if step == 2 else 1.0)
+        try:
+            pass_over(trainer, module, x)
+        except SynthwardError as error:
+            return step, str(error)
+        trainer.apply()
+    return 4, ""
+
+
+def _mix_large(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = arguments
+    shifted = (x[:, 0].argsort().argsort() + 1) % len(x)
+    order = torch.where(x.abs().max() > 20.0, shifted, torch.arange(len(x)))
+    return (x[order],)
+
+
+def parameter_in_a_hook(how: str) -> np.ndarray:
+    """The parameters after a step of a layer whose output a hook multiplies by a parameter of it."""
+    module = network("replicas")
+    module[0].scale = nn.Parameter(torch.full((7,), 0.5))
+    module[0].register_forward_hook(lambda layer, _, out: out * layer.scale)
+    spread(module, how)
+    trainer = trainer_of(module, max_grad_norm=0.5)
+    pass_over(trainer, module, records(8)[dist.get_rank() :: 2])
+    trainer.apply()
+    return parameters_of(module)
+
+
 def frozen_values() -> list[np.ndarray]:
-    """Of a network whose first layer is not trained, begun with other values on each rank."""
+    """Of a network whose first layer is not trained, begun with other values on each rank, of a type that gloo does not
+    know."""
     torch.manual_seed(dist.get_rank())
     module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     module[0].requires_grad_(False)
+    packed = torch.randint(-9, 9, (4,), dtype=torch.int16)
+    module[0].packed = nn.Parameter(packed, requires_grad=False)
     trainer_of(module, torch.optim.SGD(module[1].parameters(), lr=1.0), **NOISY)
     return [whole(p) for p in module.parameters()]
 

@@ -26,6 +26,9 @@ def work(folder: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
             calls[f"counts_a_step_more {how} {rank}"] = ("counts_a_step_more", how, rank)
         for is_apart in (False, True):
             calls[f"unit_on_two_ranks {how} {is_apart}"] = ("unit_on_two_ranks", how, is_apart)
+    for how in (*HOWS, "blocks"):
+        calls[f"arranges {how}"] = ("arranges_in_the_third_batch", how)
+        calls[f"hook {how}"] = ("parameter_in_a_hook", how)
     for kind in RECORDS:
         calls[f"records {kind}"] = ("has_a_part_of_the_records", kind)
     for what in ("plan", "lease"):
@@ -95,6 +98,20 @@ def test_a_plan_or_lease_that_is_not_that_of_all_is_refused_before_it_is_charged
 def test_what_is_not_trained_is_the_same_on_all_ranks(found):
     mine, theirs = found["frozen"]
     assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("how", [*HOWS, "blocks"])
+def test_a_hook_that_arranges_rows_by_the_data_is_seen_when_it_does(found, how):
+    """Beside the hooks of FSDP, too, which the capture does not look at."""
+    for step, text in found[f"arranges {how}"]:
+        assert step == 2 and "units mix" in text
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_a_parameter_in_a_hook_is_clipped_as_in_replicas(found, how):
+    expected = found["hook replicas"][0]
+    for parameters in found[f"hook {how}"]:
+        np.testing.assert_allclose(parameters, expected, atol=1e-6)
 
 
 def test_a_trainer_from_before_the_group_takes_no_step():
