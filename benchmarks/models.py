@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthward.run.decoder import Block as Block
+from synthward.run.decoder import Decoder, DecoderShape, decoder_workload, row_losses
+
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, the size of its batch, and its data: ``data(batch)`` gives inputs and targets, ``row_losses``
-    one loss per row of the batch."""
+    """A network, the size of its batch, and its data: ``data(batch)`` gives what the network takes and, last, targets;
+    ``row_losses`` one loss per row of the batch."""
 
     build: Callable[[], nn.Module]
     batch: int
-    data: Callable[[int], tuple[Tensor, Tensor]]
+    data: Callable[[int], tuple[Tensor, ...]]
     row_losses: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -31,40 +34,6 @@ def mlp(*widths: int) -> nn.Module:
     for index, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         layers += [nn.ReLU()] * (index > 0) + [nn.Linear(wide, narrow)]
     return nn.Sequential(*layers)
-
-
-class Block(nn.Module):
-    """A pre-norm decoder block: causal attention, then an MLP of four times the width."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, width]."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Decoder(nn.Module):
-    """A decoder over `vocab` tokens of sequences of `times`."""
-
-    def __init__(self, vocab: int, width: int, layers: int, heads: int, times: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocab, width), nn.Embedding(times, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, T] -> logits [B, T, vocab]."""
-        # One row of positions for each row of the batch: peers know no other form.
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
-        return self.head(self.norm(self.blocks(self.tokens(ids) + self.places(places))))
 
 
 class ResBlock(nn.Module):
@@ -106,35 +75,28 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(one)))
 
 
-def _squared(output: Tensor, target: Tensor) -> Tensor:
+def squared(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).mean(1)
 
 
-def _next_token(logits: Tensor, target: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    return losses.view(target.shape).mean(1)
-
-
-def _vectors(inputs: int, outputs: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+def vectors(inputs: int, outputs: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return lambda batch: (torch.randn(batch, inputs), torch.randn(batch, outputs))
 
 
-def _tokens(vocab: int, times: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def data(batch: int) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(0, vocab, (batch, times + 1))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    return data
+def decoder(shape: DecoderShape, batch: int) -> Workload:
+    """The next token of each place of a batch of sequences."""
+    made = decoder_workload(shape)
+    return Workload(lambda: Decoder(shape), batch, made.data, row_losses)
 
 
-def _images(batch: int) -> tuple[Tensor, Tensor]:
+def images(batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 1, 28, 28), torch.randn(batch, 1, 28, 28)
 
 
 WORKLOADS = {
-    "gan": Workload(lambda: mlp(300, 512, 512, 512, 1), 2000, _vectors(300, 1), _squared),
-    "mlp": Workload(lambda: mlp(256, 1024, 1024, 1024, 1024, 256), 1024, _vectors(256, 256), _squared),
-    "gpt": Workload(lambda: Decoder(2048, 384, 6, 6, 128), 32, _tokens(2048, 128), _next_token),
-    "unet": Workload(UNet, 64, _images, _squared),
-    "ehr": Workload(lambda: Decoder(20000, 256, 2, 4, 64), 64, _tokens(20000, 64), _next_token),
+    "gan": Workload(lambda: mlp(300, 512, 512, 512, 1), 2000, vectors(300, 1), squared),
+    "mlp": Workload(lambda: mlp(256, 1024, 1024, 1024, 1024, 256), 1024, vectors(256, 256), squared),
+    "gpt": decoder(DecoderShape(layers=6, width=384, heads=6, vocab=2048, times=128), 32),
+    "unet": Workload(UNet, 64, images, squared),
+    "ehr": decoder(DecoderShape(layers=2, width=256, heads=4, vocab=20000, times=64), 64),
 }
