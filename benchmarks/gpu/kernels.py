@@ -43,7 +43,6 @@ def floors(case: Case, rate: dict[str, float]) -> dict[str, float]:
 
 def measure(make: Make, options: Options, rate: Callable[[], dict[str, float]]) -> dict[str, Any]:
     case = make()
-    error = error_of(case)
     row: dict[str, Any] = {
         "kernel": case.name,
         "shape": case.shape,
@@ -51,14 +50,10 @@ def measure(make: Make, options: Options, rate: Callable[[], dict[str, float]]) 
         "bytes": case.bytes,
         "flops": case.flops,
         "operations": case.operations,
-        "error": min(error, 1e30),
-        "tolerance": case.tolerance,
     }
-    if error > case.tolerance:
-        return {**row, "wrong": [f"error {error:.1e}, more than {case.tolerance:.1e}: not timed"]}
-    elsewhere = _wrong_elsewhere(case)
-    if elsewhere:
-        return {**row, "wrong": [f"not timed, since it is wrong in {elsewhere}"]}
+    wrong = _wrong(case)
+    if wrong:
+        return {**row, "wrong": [f"{wrong}: not timed"]}
     times = spread(interleaved({"": case.run}, _ROUNDS, _SECONDS)[""])
     if not times:
         return row
@@ -74,11 +69,17 @@ def measure(make: Make, options: Options, rate: Callable[[], dict[str, float]]) 
     }
 
 
-def _wrong_elsewhere(case: Case) -> str:
-    """The group of the correctness section in which this kernel is wrong with this dtype."""
+def _wrong(case: Case) -> str:
+    """Why a case may not be timed. What the correctness section has found right at this shape is not checked again."""
     label = f"{case.name.split()[0]} {title(case.dtype)}"
     rows = recorded("correctness")
-    return next((job for job in (label, f"{label} large") if rows.get(job, {}).get("wrong")), "")
+    for job in (label, f"{label} large"):
+        if rows.get(job, {}).get("wrong"):
+            return f"wrong in {job}"
+    if case.shape in rows.get(f"{label} large", {}).get("right", []):
+        return ""
+    error = error_of(case)
+    return "" if error <= case.tolerance else f"error {error:.1e}, more than {case.tolerance:.1e}"
 
 
 def sweep(make: Make) -> dict[str, Any]:

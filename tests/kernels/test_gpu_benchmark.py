@@ -160,21 +160,30 @@ from benchmarks.gpu.section import Options
 make, asked = Maker("cpu", True), []
 kernels.interleaved = lambda variants, *_: asked.append([*variants]) or {name: [2.0, 1.0] for name in variants}
 rate = lambda: {"copy": 1e9, "float32": 1e9, "bfloat16": 1e9, "integers": 1e9}
+kernels.recorded = lambda section: {"outer_sum float32": {"wrong": ["at some other shape"]}}
 right = next(cases_outer.KERNELS["scale_rows"].timed(make, torch.float32))()
 def more(): right.run(); right.result().mul_(1.0 + 1e-5)
 def nan(): right.run(); right.result()[0, 0] = float("nan")
 cases = [right, *(dataclasses.replace(right, run=run) for run in (more, nan))]
+cases.append(next(cases_outer.KERNELS["outer_sum"].timed(make, torch.float32))())
 found = [kernels.measure(lambda case=case: case, Options("cpu", True), rate) for case in cases]
-checked = correctness.check(iter([lambda case=case: case for case in cases] + [lambda: 1 / 0]))
+checked = correctness.check(iter([lambda case=case: case for case in cases[:3]] + [lambda: 1 / 0]))
+kernels.recorded = lambda section: {"scale_rows float32 large": {"wrong": [], "right": [right.shape]}}
+found.append(kernels.measure(lambda: cases[1], Options("cpu", True), rate))
+
 print(json.dumps([found, asked, checked]))
 """
 
 
 def test_a_wrong_kernel_is_named_and_never_timed():
-    (right, *wrong), asked, checked = json.loads(run_script(WRONG))
-    assert right["seconds"] == 1.5 and asked == [[""]]
+    (right, *wrong, known), asked, checked = json.loads(run_script(WRONG))
+    assert right["seconds"] == 1.5 and asked == [[""]] * 2
+    # What was found right once is not checked twice.
+    assert known["seconds"] == 1.5
     assert right["binds"] == "bytes" and right["of_floor"] == pytest.approx(right["bytes"] / 1e9 / 1.5)
-    assert [row["wrong"][0].split(",")[0][:9] for row in wrong] == ["error 1.0", "error inf"]
+    reasons = [row["wrong"][0].split(",")[0] for row in wrong]
+    assert [reason[:9] for reason in reasons[:2]] == ["error 1.0", "error inf"]
+    assert reasons[2:] == ["wrong in outer_sum float32: not timed"]
     assert not [row for row in wrong if "seconds" in row]
     assert checked["cases"] == 4
     assert [line.split(": ", 1)[1][:7] for line in checked["wrong"]] == ["error 1", "error i", "ZeroDiv"]
@@ -328,6 +337,62 @@ def test_a_run_that_is_killed_keeps_its_rows_and_leaves_no_worker(tmp_path, log)
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     assert list(rows_of(file)) == ["first", "raises", "no json", "crashes", "after"]
+
+
+CLOCK = """
+import json
+from benchmarks.gpu import ceilings, clock, kernels, noise, result
+from benchmarks.gpu.section import Options
+import torch
+
+# A device whose time is that of the calls that were made: each takes as many milliseconds as it says.
+now, calls = [0.0], []
+
+class Event:
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): self.at = now[0]
+    def elapsed_time(self, end): return end.at - self.at
+
+def takes(name, milliseconds):
+    def run():
+        calls.append(name)
+        now[0] += milliseconds
+    return run
+
+clock.timed = lambda: True
+torch.cuda.Event, torch.cuda.synchronize = Event, lambda: None
+clock._flushed.append(torch.empty(8))
+taken = clock.interleaved({"a": takes("a", 2.0), "b": takes("b", 3.0)}, 40, 100.0)
+few = clock.interleaved({"a": takes("c", 2.0)}, 40, 0.0)
+torch.cuda.reset_peak_memory_stats = lambda: None
+torch.cuda.memory_allocated, torch.cuda.max_memory_allocated = lambda: 5, lambda: 12
+times = clock.spread([4.0, 1.0, 2.0, 3.0, 5.0, 6.0])
+print(json.dumps([taken, few, calls[6:86], times, clock.spread([]), clock.peak_bytes(lambda: None)]))
+copy = {"alone": {"parameters": 1000, "variants": {"synthward": {"seconds": 1e-6}, "torch": {"seconds": 2e-6}}}}
+print(noise.SECTION.table(copy))
+print(ceilings.SECTION.table({"copy": {"per_second": 4.3e12}, "bfloat16": {"per_second": 7.9e14}}))
+noise.recorded = lambda name: {
+    "steps": {"gpt": {"seconds": 0.1, "parameters": 2e6}},
+    "noise": {"Adam 1": {"parameters": 1e6, "variants": {
+        "fused": {"seconds": 3e-3}, "fused without noise": {"seconds": 2e-3}}}},
+}[name]
+print(noise.SECTION.table({}))
+"""
+
+
+def test_times_are_taken_in_turns_by_the_devices_own_clock():
+    measured, *tables = run_script(CLOCK).splitlines()
+    taken, few, calls, times, none, peak = json.loads(measured)
+    assert taken == {"a": pytest.approx([2e-3] * 40), "b": pytest.approx([3e-3] * 40)}
+    assert len(few["a"]) == 5
+    rounds = {tuple(calls[i : i + 2]) for i in range(0, 80, 2)}
+    assert rounds == {("a", "b"), ("b", "a")}
+    assert times == {"seconds": 3.5, "p20_p80": [2.0, 5.0], "rounds": 6} and none == {} and peak == 7
+    assert tables == [
+        "alone         0.001 ms, 1.0 G/s, 0.500 x torch",
+        "copy 4.3 TB/s, bfloat16 790 TFLOP/s",
+        "of a step: gpt 2.0%",
+    ]
 
 
 TABLE = """
