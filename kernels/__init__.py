@@ -21,6 +21,7 @@ from synthward.kernels.conv import conv_sum as _conv_sum
 from synthward.kernels.conv import conv_unit_grads as _conv_unit_grads
 from synthward.kernels.decode import ResidualWeights as ResidualWeights
 from synthward.kernels.decode import draw_tokens as draw_tokens
+from synthward.kernels.decode import linear_rows as linear_rows
 from synthward.kernels.decode import residual_features as residual_features
 from synthward.kernels.diagonal import diagonal_sq_norms as _diagonal_sq_norms
 from synthward.kernels.diagonal import diagonal_weighted_sum as _diagonal_weighted_sum

@@ -13,6 +13,7 @@ from torch import Tensor
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, choose
 from synthward.kernels.decode import cpp_impl, reference
+from synthward.kernels.product import product
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,33 @@ def residual_features(
     if chosen == "shapes":
         return torch.empty_like(sums)
     return reference.residual_features(sums, common, values, value_weights, network)
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """``x weight^T + bias`` float32 [N, q]: `synthward.kernels.product` for samplers.
+
+    Where that is a library's, as on GPUs, how many rows there are decides in which order a row's terms are added up; by
+    the compiled kernels here it does not.
+
+    Args:
+        x: [N, p].
+        weight: [q, p].
+        bias: [q].
+        backend: who executes.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _check.matrix(x, "x")
+    _check.matrix(weight, "weight")
+    _check.shape(weight, (len(weight), x.shape[1]), "weight")
+    _check.shape(bias, (len(weight),), "bias")
+    chosen = choose(backend, x, weight, bias)
+    if chosen == "triton":
+        from synthward.kernels.decode import triton_impl
+
+        return triton_impl.linear_rows(x, weight, bias)
+    return product(x, weight, bias, is_transposed=True, backend="cpp" if chosen == "cpp" else "reference")
 
 
 def draw_tokens(

@@ -117,6 +117,28 @@ def _last_norm_kernel(x_ptr, scale_ptr, shift_ptr, out_ptr, rows, p, eps, BR: tl
         tl.store(out_ptr + n[:, None] * p + col, y, mask=(n[:, None] < rows) & (col < p))
 
 
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("x_ptr", "out_ptr"))
+def _linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, p, outputs, across,
+    BR: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    work = tl.program_id(0).to(tl.int64)
+    n = work // across * BR + tl.arange(0, BR)
+    j = (work % across * BP).to(tl.int32) + tl.arange(0, BP)
+    acc = tl.zeros((BR, BP), tl.float32)
+    for k in range(0, p, BK):
+        col = k + tl.arange(0, BK)
+        x = tl.load(x_ptr + n[:, None] * p + col, mask=(n[:, None] < rows) & (col < p), other=0.0)
+        weight = tl.load(
+            weight_ptr + j[None, :].to(tl.int64) * p + col[:, None],
+            mask=(col[:, None] < p) & (j < outputs),
+            other=0.0,
+        )  # [BK, BP]
+        acc = exact_dot(x.to(tl.float32), weight.to(tl.float32), acc)
+    bias = tl.load(bias_ptr + j, mask=j < outputs, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n[:, None] * outputs + j, acc + bias, mask=(n[:, None] < rows) & (j < outputs))
+
+
 @triton.jit
 def _column(columns_ptr, offsets_ptr, place, kinds, tokens):
     """First token of the column that is asked for there and the one after its last, never outside the head; both 0
@@ -276,6 +298,21 @@ def residual_features(
         _last_norm_kernel[(ceil_div(rows, _FEW_ROWS),)](
             *(x, scales[blocks], shifts[blocks], out, rows, p, network.eps), BR=_FEW_ROWS, BK=wide, **FUSED
         )
+    return out
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows, p, outputs = *x.shape, len(weight)
+    out = torch.empty(rows, outputs, dtype=torch.float32, device=x.device)
+    if 0 not in (rows, outputs):
+        width = block(outputs, 16, 64)
+        across = ceil_div(outputs, width)
+        with on(x):
+            _linear_kernel[(ceil_div(rows, _ROWS) * across,)](
+                *(_dense(x), _dense(weight), _dense(bias), out, rows, p, outputs, across),
+                **{"BR": _ROWS, "BP": width, "BK": _TERMS},
+                **FUSED,
+            )
     return out
 
 

@@ -26,6 +26,7 @@ from synthward.kernels import (
     gaussian_noise,
     group_norm_backward,
     layer_norm_backward,
+    linear_rows,
     noisy_adam_,
     noisy_sgd_,
     outer_sq_norms,
@@ -241,9 +242,10 @@ def decode(rows: int, p: int, numbers: int, blocks: int, sizes: list[int], count
     rng = generator(7)
     features = residual_features(*inputs(rows, p, numbers, rng), network(p, blocks, rng), **TRITON)
     _, *others = head(rows, p, sizes, count, rng)
+    outputs = linear_rows(features, *others[:2], **TRITON)
     sums = ones(rows, 5)
     tokens = draw_tokens(features, *others, added=whole(sum(sizes), 5, 3), sums=sums, **TRITON)
-    return [features, tokens, sums]
+    return [features, outputs, tokens, sums]
 
 
 def names(*kernels: str) -> frozenset[str]:
@@ -434,7 +436,7 @@ OPERATIONS = {
     ),
     "decode": Operation(
         decode,
-        names("first_layer", "residual", "last_norm", "draw", "add"),
+        names("first_layer", "residual", "last_norm", "linear", "draw", "add"),
         [
             (0, 3, 2, 1, [3, 2], 1),
             (1, 1, 0, 0, [1], 1),

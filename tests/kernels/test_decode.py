@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synthward.kernels import ResidualWeights, available_isas, draw_tokens, force_isa, residual_features
+from synthward.kernels import (
+    ResidualWeights,
+    available_isas,
+    draw_tokens,
+    force_isa,
+    linear_rows,
+    residual_features,
+)
 
 WIDTHS = st.sampled_from([1, 3, 15, 16, 31, 33, 64, 127, 130, 256, 260])
 
@@ -210,3 +217,6 @@ def test_arguments_that_do_not_fit():
         draw_tokens(*good[:4], good[4].int(), good[5])
     with pytest.raises(ValueError, match="added"):
         draw_tokens(*good, added=torch.zeros(5, 2))
+    for name, weight_shape, length in (("weight", (2, 4), 2), ("bias", (2, 3), 3)):
+        with pytest.raises(ValueError, match=name):
+            linear_rows(torch.zeros(4, 3), torch.zeros(weight_shape), torch.zeros(length))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the package triton cannot be imported here")
 
-from synthward.kernels import ResidualWeights, draw_tokens, residual_features
+from synthward.kernels import ResidualWeights, draw_tokens, linear_rows, residual_features
 from synthward.kernels._triton import INTERPRETED
 from synthward.kernels.decode import triton_impl
 from tests.kernels.test_decode import close_to_a_border, doubled, head, inputs, network
@@ -86,6 +86,20 @@ def test_a_row_that_is_not_finite_is_alone(value):
     assert (tokens[17] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "p", "outputs"), [(0, 3, 2), (3, 0, 2), (1, 1, 1), (65, 17, 65), (7, 130, 0)]
+)
+def test_linear_rows(rows, p, outputs):
+    rng = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(shape, generator=rng) for shape in ((rows, p), (outputs, p), (outputs,)))
+    found = linear_rows(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), backend="triton").cpu()
+    exact = x.double() @ weight.double().t() + bias.double()
+    size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
+    assert found.dtype == torch.float32
+    for made in (found, linear_rows(x, weight, bias), linear_rows(x, weight, bias, backend="reference")):
+        assert made.shape == (rows, outputs) and ((made - exact).abs() <= (p + 2) * 2.0**-24 * size).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 9, 40]),
@@ -154,12 +168,16 @@ def test_rows_do_not_depend_on_others():
     def tokens(part: slice) -> Tensor:
         return drawn((every[part], weight, bias, offsets, columns[part], uniforms[part]))
 
+    def outputs(part: slice) -> Tensor:
+        return linear_rows(*(t.to(DEVICE) for t in (every[part], weight, bias)), backend="triton").cpu()
+
     every = features(slice(0, 150))
     all_tokens = tokens(slice(0, 150))
     anywhere = (slice(37, 138), slice(141, 142))
     # The interpreter multiplies blocks of rows by BLAS, where a row's place in its block may change its last bit.
     for part in (slice(64, 100), slice(128, 150), *(() if INTERPRETED else anywhere)):
         assert torch.equal(features(part), every[part])
+        assert torch.equal(outputs(part), outputs(slice(0, 150))[part])
     for part in anywhere:
         assert torch.equal(tokens(part), all_tokens[part])
 
@@ -214,5 +232,6 @@ def test_nothing_waits_for_the_device():
     with Recorder() as recorder:
         features = triton_impl.residual_features(*arguments, weights)
         triton_impl.draw_tokens(features, *given[1:], table, sums)
+        triton_impl.linear_rows(features, *given[1:3])
     assert "aten::empty.memory_format" in recorder.seen
     assert not {name for name in recorder.seen if name.split("::")[1].split(".")[0] in WAITING}

@@ -184,6 +184,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"BR": 64, "BP": 64, "BK": 16, "STATISTICS": 64},
         {"BR": 64, "BP": 16, "BK": 16, "STATISTICS": 16},
     ],
+    "_linear_kernel": [{"BR": 64, "BP": 64, "BK": 16}, {"BR": 64, "BP": 16, "BK": 16}],
     "_last_norm_kernel": [{"BR": 4, "BK": 256}, {"BR": 4, "BK": 16}],
     "_draw_kernel": [{"BT": 16, "BK": 64, "num_warps": 1}, {"BT": 128, "BK": 16, "num_warps": 2}],
     "_add_kernel": [{"BP": 256, "num_warps": 2}],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from synthward.encoding.layout import Layout
 from synthward.generators.networks import ResidualMLP
-from synthward.kernels import ResidualWeights, draw_tokens, product, residual_features
+from synthward.kernels import ResidualWeights, draw_tokens, linear_rows, residual_features
 
 
 class Sampler:
@@ -71,7 +71,7 @@ class Sampler:
 
     def further(self, features: Tensor) -> Tensor:
         """The continuous outputs, [R, continuous]."""
-        return product(features, self._further, self._further_bias, is_transposed=True)
+        return linear_rows(features, self._further, self._further_bias)
 
 
 def _stacked(modules: Iterable[nn.Module], name: str, *shape: int) -> Tensor:
