@@ -108,4 +108,49 @@ RANKS = [
         '"noise (stream)": 0',
         (OUT_OF_STEP + "test_a_rank_whose_noise_would_be_of_another_stream_ends_all[replicas]",),
     ),
+    Mutant(
+        "units are compared on no other rank",
+        "engine/session.py",
+        "everybody = ranks.gather(self._units_seen)",
+        "everybody = [self._units_seen]",
+        (OUT_OF_STEP + "test_a_unit_on_two_ranks_is_refused_where_ids_tell[replicas]",),
+    ),
+    Mutant(
+        "records are not compared",
+        "python/synthward/privacy_engine.py",
+        'if self.ranks.world_size > 1 else ""',
+        'if self.ranks.world_size > 9 else ""',
+        (OUT_OF_STEP + "test_ranks_with_other_records_are_refused[tensors]",),
+    ),
+    Mutant(
+        "the capture looks away after FSDP's hooks, too",
+        "engine/distributed/sharded.py",
+        "                state.is_paused = before\n",
+        "                pass\n",
+        (OUT_OF_STEP + "test_a_parameter_in_a_hook_is_clipped_as_in_replicas[blocks]",),
+    ),
+    Mutant(
+        "frozen weights are each rank's own",
+        "engine/flat.py",
+        "[self.data, *frozen, *module.buffers()]",
+        "[self.data, *module.buffers()]",
+        (OUT_OF_STEP + "test_what_is_not_trained_is_the_same_on_all_ranks",),
+    ),
+    Mutant(
+        "a group that comes late goes unnoticed",
+        "engine/step.py",
+        "processes() > self._processes",
+        "processes() < self._processes",
+        (OUT_OF_STEP + "test_a_trainer_from_before_the_group_takes_no_step",),
+    ),
+    Mutant(
+        "leases are not compared",
+        "engine/distributed/ledger.py",
+        '{"lease": (event, first_step, steps, part)}',
+        "{}",
+        (
+            OUT_OF_STEP
+            + "test_a_plan_or_lease_that_is_not_that_of_all_is_refused_before_it_is_charged[lease]",
+        ),
+    ),
 ]
