@@ -287,7 +287,7 @@ def watch_layers(module: nn.Module, state: CaptureState) -> None:
             if p is not None and (f"{prefix}.{key}" if prefix else key) in names
         }
         note = _Note(known, places)
-        if not isinstance(layer, FSDPModule):
+        if not _is_unit(layer):
             layer.register_forward_pre_hook(note, prepend=True)
             continue
         hooks: list[dict[int, Any]] = [layer._forward_pre_hooks, layer._forward_hooks]
@@ -338,6 +338,10 @@ class _Note:
 def _is_of_fsdp(hook: Any) -> bool:
     owner = getattr(hook, "__self__", None)
     return isinstance(hook, _Paused) or type(owner).__module__.startswith("torch.distributed.fsdp")
+
+
+def _is_unit(layer: nn.Module) -> bool:
+    return isinstance(layer, FSDPModule)
 
 
 def _rows(shape: torch.Size) -> tuple[int, int]:
