@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,9 @@ class CompiledPass:
         rows_per_unit: int | None,
         loss_scale: float,
         fuse: bool,
+        fixed: Sequence[Tensor] = (),
     ) -> None:
-        self._step, self._losses_of, self._as_it_is = step, losses_of, as_it_is
+        self._step, self._losses_of, self._as_it_is, self._fixed = step, losses_of, as_it_is, tuple(fixed)
         self._rows_per_unit, self._scale, self._fuse = rows_per_unit, 1.0 / loss_scale, fuse
         self._recorded: dict[Any, _Recorded] = {}
         self._has_warned = False
@@ -85,7 +86,7 @@ class CompiledPass:
         """One pass.
 
         Args:
-            batch: what the losses take; the first axis of the first one is the batch's rows.
+            batch: what the losses take; without a mask the first axis of the first one is the rows of all units.
             offsets: int64 [U + 1] in CPU memory, where `compile` was given no rows_per_unit; the number of rows is part
                 of the form, so padding rows belong to a unit that the mask leaves out.
             unit_mask, is_last: as of `PrivateTrainer.backward`.
@@ -173,6 +174,9 @@ class CompiledPass:
         if self._rows_per_unit is not None:
             if offsets is not None:
                 raise ConfigError("compile: units of rows_per_unit rows have no offsets; give one of both")
+            if given.unit_mask is not None:
+                # The rows of the batch need not be those of the network (several for each of them).
+                return given.unit_mask.numel()
             if rows % self._rows_per_unit:
                 raise ConfigError(f"compile: {rows} rows are not {self._rows_per_unit} for each unit")
             return rows // self._rows_per_unit
@@ -192,7 +196,8 @@ class CompiledPass:
 
     def _record(self, recorded: _Recorded, inputs: tuple[Tensor, ...], mask: Tensor, units: int) -> None:
         step = self._step
-        traced = trace_pass(step, self._losses_of, units, self._rows_per_unit, inputs, mask, self._scale)
+        how = (self._rows_per_unit, inputs, mask, self._scale, self._fixed)
+        traced = trace_pass(step, self._losses_of, units, *how)
         recorded.traced, recorded.run = traced, traced.graph
         if self._fuse:
             constants = traced.constants

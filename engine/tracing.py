@@ -7,7 +7,7 @@ any batch of those shapes, and no record was read to make it. Noise is never in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -60,11 +60,13 @@ def trace_pass(
     inputs: tuple[Tensor, ...],
     mask: Tensor,
     scale: float,
+    fixed: Sequence[Tensor] = (),
 ) -> TracedPass:
     """Trace ``losses_of(*batch)`` [U], its backward pass and all that the engine does in it, by shapes alone.
 
     Args:
         rows_per_unit: of each unit; None: the first of `inputs` are the units' offsets, int64 [U + 1].
+        fixed: further tensors that may be read, which are no records.
 
     Raises:
         UnsupportedOperationError: something in it looks at a number, keeps a tensor, or reads one that is neither an
@@ -94,7 +96,9 @@ def trace_pass(
                 "tensors (torch.where), or run the pass as it is"
             ) from None
     _check_randomness(step, graph)
-    return TracedPass(graph, _lift_constants(graph, step, whole), most_rows)
+    return TracedPass(
+        graph, _lift_constants(graph, _own_tensors(step, whole) | {id(t) for t in fixed}), most_rows
+    )
 
 
 def _one_pass(
@@ -178,14 +182,13 @@ def _check_randomness(step: DPStep, graph: GraphModule) -> None:
             )
 
 
-def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout | None) -> list[Tensor]:
+def _lift_constants(graph: GraphModule, own: set[int]) -> list[Tensor]:
     """Make what the graph holds on to its first arguments.
 
     Raises:
         UnsupportedOperationError: it would read a tensor of somebody else's: the batch that it was traced with, say,
             in each step again.
     """
-    own = _own_tensors(step, layout)
     places: dict[int, Node] = {}
     constants: list[Tensor] = []
     first = next(iter(graph.graph.nodes))
@@ -196,7 +199,7 @@ def _lift_constants(graph: GraphModule, step: DPStep, layout: Layout | None) -> 
                 raise UnsupportedOperationError(
                     f"compile: the losses read a tensor of shape {list(value.shape)} that is neither an argument nor a "
                     "parameter or buffer of the module; its numbers would be the same in each step. Give it as an "
-                    "argument, or register it as a buffer"
+                    "argument, or register it as a buffer (or name it in `fixed`, if it is no record)"
                 )
             with graph.graph.inserting_before(first):
                 places[id(value)] = graph.graph.placeholder(f"constant_{len(constants)}")

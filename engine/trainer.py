@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -144,6 +144,7 @@ class PrivateTrainer:
         rows_per_unit: int | None = 1,
         loss_scale: float = 1.0,
         fuse: bool = False,
+        fixed: Sequence[Tensor] = (),
     ) -> CompiledPass:
         """Record passes over batches of static shape and run them without Python: on a GPU as CUDA graphs.
 
@@ -162,6 +163,8 @@ class PrivateTrainer:
             loss_scale: as of `backward`.
             fuse: let `torch.compile` fuse what lies between the kernels. Rounding may differ from that of a pass as it
                 is, by what fused arithmetic rounds less often.
+            fixed: tensors beside the module's own that the losses read, the same ones in each call, and no records.
+                What is in them is read anew in each replay.
 
         Raises:
             ConfigError: adaptive clipping, keep="recompute" or sharded parameters, which have to look at numbers or
@@ -187,7 +190,11 @@ class PrivateTrainer:
             return losses.detach()
 
         return CompiledPass(
-            self._step, losses_of, as_it_is, rows_per_unit=rows_per_unit, loss_scale=loss_scale, fuse=fuse
+            *(self._step, losses_of, as_it_is),
+            rows_per_unit=rows_per_unit,
+            loss_scale=loss_scale,
+            fuse=fuse,
+            fixed=fixed,
         )
 
     def _pass(

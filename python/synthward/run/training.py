@@ -36,6 +36,7 @@ from synthward.engine.sampling import rank_part
 from synthward.observe import EpsilonSoFar, Observer
 from synthward.progress import Progress, Task
 from synthward.run.folder import CHECKPOINT_FOLDER, MODEL_FILE, RunFolder, draw_context
+from synthward.run.passes import Passes
 from synthward.run.shared import Start, Units, agreed_device, begin
 
 # Steps paid for at once. A kill loses at most the steps of one lease: they stay charged and are not repeated.
@@ -47,6 +48,7 @@ class Training:
 
     Args:
         records, ledger, parallel, device: rank 0's; those of the others, who have `start`, are not used.
+        is_recorded: whether passes are recorded (`PrivateTrainer.compile`); None: on a GPU, where they can be.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Training:
         observer: Observer | None = None,
         parallel: str = "replicate",
         device: str = "cpu",
+        is_recorded: bool | None = None,
     ) -> None:
         self.ranks = ranks or Ranks.alone()
         self.folder, self.encoder, self.plan, self.progress = folder, encoder, plan, progress
@@ -92,6 +95,11 @@ class Training:
             self.generator.private_module, optimizer, plan, keys=keys, ledger=self.ledger, ranks=self.ranks
         )
         self.optimizer = optimizer
+        if is_recorded is None:
+            # What the launches cost there is more than what most tables' networks compute.
+            can_be = parallel != "shard" and plan.clip.clipping != "adaptive"
+            is_recorded = self.device.type == "cuda" and can_be
+        self.passes = Passes(self.trainer, self.generator, is_recorded=is_recorded)
         self.sampler = plan.sampler(num_units, keys.key("sampler"))
         self.random_key = keys.key("training")
         self.steps_done = 0
@@ -189,14 +197,7 @@ class Training:
             rng = Draws(self.random_key, step=step, first=place + index * self.physical)
             records = self.generator.records_per_unit
             batch, mask = self.data.batch(torch.from_numpy(units), records, rng, self.device)
-            with self.trainer.capture():
-                losses = self.generator.unit_losses(batch, rng.to(self.device))
-            self.trainer.backward(
-                losses,
-                rows_per_unit=self.generator.rows_per_unit,
-                unit_mask=mask,
-                is_last=index == len(batches) - 1,
-            )
+            self.passes.take(batch, mask, rng.to(self.device), is_last=index == len(batches) - 1)
         self.trainer.apply()
         self.generator.after_step(step, self.plan.steps, self.torch_rng)
 
