@@ -92,11 +92,12 @@ def _slots_kernel(offsets_ptr, slots_ptr, rows, STEP: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def slot_rows(slots_ptr, offsets_ptr, slot, rows, units, STEP: tl.constexpr):
-    """First row of a slot and the bounds of its unit; a spare slot begins at or behind the unit's end."""
+    """First row of a slot, not before its unit's, and the unit's bounds; a spare slot begins at or behind its end."""
     unit = tl.load(slots_ptr + slot).to(tl.int64)
     unit = tl.minimum(tl.maximum(unit, 0), units - 1)
     first, last = segment(offsets_ptr, unit, rows)
-    return first + (slot - first // STEP - unit) * STEP, first, last
+    # Of a slot that no unit wrote, where offsets decrease, the sum may be negative.
+    return tl.maximum(first + (slot - first // STEP - unit) * STEP, first), first, last
 
 
 @triton.jit

@@ -99,12 +99,14 @@ class Watch:
         content: of guard zones and of memory that was never written.
         is_exact: look up addresses; else only the guard zones are there.
         is_reversed: the last program of a grid first.
+        is_ordered: programs and threads may depend on each other's order: what is asked for makes no sense anyway.
         launched: names of the kernels that were launched.
     """
 
     content: Content
     is_exact: bool = True
     is_reversed: bool = False
+    is_ordered: bool = False
     launched: set[str] = field(default_factory=set)
     _zones: list[_Zone] = field(default_factory=list)
 
@@ -148,7 +150,9 @@ class Watch:
             place = (addresses[here] - zone.begin) // zone.size
             if not zone.of_tensor[place].all() or ((addresses[here] - zone.begin) % zone.size).any():
                 break
-            if stores:
+            if self.is_ordered:
+                pass
+            elif stores:
                 values = np.broadcast_to(value.data, shape)[active][here]
                 _note_store(zone, place, values, program)
             else:
@@ -195,9 +199,11 @@ def _note_store(zone: _Zone, place: Any, values: Any, program: int) -> None:
 
 
 @contextmanager
-def watching(content: Content, *, is_exact: bool = True, is_reversed: bool = False) -> Iterator[Watch]:
+def watching(
+    content: Content, *, is_exact: bool = True, is_reversed: bool = False, is_ordered: bool = False
+) -> Iterator[Watch]:
     """Watch all launches until it ends; new memory that synthward asks for holds `content`."""
-    watch = Watch(content, is_exact, is_reversed)
+    watch = Watch(content, is_exact, is_reversed, is_ordered)
     builder = interpreter.InterpreterBuilder
     run, set_place = interpreter.InterpretedFunction.run, builder.set_grid_idx
 

@@ -11,12 +11,20 @@ import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 
 from synthward import kernels
 from synthward.kernels._triton import INTERPRETED
-from tests.kernels.guard_cases import OPERATIONS
-from tests.kernels.guarded import watched
+from synthward.kernels.conv import triton_impl as conv_impl
+from synthward.kernels.decode import triton_impl as decode_impl
+from synthward.kernels.diagonal import triton_impl as diagonal_impl
+from synthward.kernels.normalize import triton_impl as normalize_impl
+from synthward.kernels.outer import triton_impl as outer_impl
+from synthward.kernels.scatter import triton_impl as scatter_impl
+from tests.kernels.cases import generator
+from tests.kernels.guard_cases import OPERATIONS, POINT, names, ones, operands
+from tests.kernels.guarded import NANS, watched, watching
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="memory is watched in Triton's interpreter alone"),
@@ -57,3 +65,27 @@ def test_every_kernel_has_a_case():
             }
             found |= {name for name in functions if name.endswith("_kernel")}
     assert found == set().union(*(operation.kernels for operation in OPERATIONS.values()))
+
+
+LIES = {"beyond": [-5, 2, 2**40, 7], "decreasing": [30, 11, 40, 3], "all of it": [0, 99, 0, 99]}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_offsets_and_orders_that_lie_lead_nowhere_else(lie):
+    """On a device nobody looks at them before. (The tables of scatter are sorted, not looked up.)"""
+    a, g = operands(40, 3, 5)
+    offsets, order = torch.tensor(LIES[lie]), torch.tensor([-1, 2**40, 7, 2**62] * 10)
+    norms, sums = torch.zeros(2, 3)
+    columns, head = order.repeat(4).view(40, 4), torch.randn(9, 3, generator=generator(7))
+    dx, (scale, bias) = torch.zeros(40, 5), torch.zeros(2, 3, 5)
+    rows = (g, g, g.mean(1), torch.ones(40), None, offsets, order, 3)
+    with watching(NANS, is_ordered=True) as watch:
+        outer_impl.gram_norms(a, g, offsets, norms, sums)
+        outer_impl.tile_norms(a, g, offsets, norms, sums, torch.zeros(3, 15))
+        diagonal_impl.diagonal_sq_norms(g, offsets, None, norms)
+        normalize_impl.layer_norm_backward(*rows, (dx, scale, bias))
+        conv_impl.unit_grads(POINT, a[:, :1], g[:, :1], offsets, order, torch.zeros(3, 1))
+        decode_impl.draw_tokens(a, head, ones(9), offsets, columns, ones(40, 4) / 2, ones(9, 2), ones(40, 2))
+        scatter_impl.scatter_sq_norms(torch.arange(40) % 3, g, offsets, norms)
+    norms_of = names("slots", "gram", "tile", "units", "totals", "conv_tile")
+    assert watch.launched >= norms_of | names("layer_norm", "layer_norm_units", "draw", "add")
