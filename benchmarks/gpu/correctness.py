@@ -21,12 +21,13 @@ _NAMED, _STEP = 8, 7
 
 
 def all_kernels() -> dict[str, Kernel]:
-    from benchmarks.gpu import cases_conv, cases_noise, cases_outer, cases_rows
+    from benchmarks.gpu import cases_conv, cases_decode, cases_noise, cases_outer, cases_rows
 
     return {
         **cases_outer.KERNELS,
         **cases_rows.KERNELS,
         **cases_conv.KERNELS,
+        **cases_decode.KERNELS,
         **cases_noise.KERNELS,
     }
 

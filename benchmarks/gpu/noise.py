@@ -132,13 +132,13 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _shares() -> str:
-    """What noise takes of the steps that the file holds: those rows that say seconds and parameters."""
+    """What noise takes of the private steps that the file holds."""
     found = []
     for job, row in recorded("steps").items():
-        if "seconds" in row and "parameters" in row:
-            extra = extra_seconds(row["parameters"])
-            if extra is not None:
-                found.append(f"{job} {100 * extra / row['seconds']:.1f}%")
+        seconds = _times(row).get("private")
+        extra = extra_seconds(row.get("trained", 0))
+        if seconds and extra is not None:
+            found.append(f"{job} {100 * extra / seconds:.1f}%")
     return ", ".join(found)
 
 

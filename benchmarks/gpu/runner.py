@@ -37,7 +37,8 @@ class Worker:
     """A process that runs the jobs of one section: first it starts, then it has a job or waits for one."""
 
     def __init__(self, section: str, options: Options, result: Result) -> None:
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", section]
+        command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions)]
+        command += ["-m", "benchmarks.gpu.worker", section]
         self.process = subprocess.Popen(
             [*command, json.dumps(asdict(options)), str(result.file)],
             cwd=ROOT,
