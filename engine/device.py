@@ -43,6 +43,12 @@ def choose_device(asked: str = "auto", *, one_each: bool = False) -> torch.devic
     return torch.device("cuda", number)
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread: what names no device (a recording, a library's handle) goes there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def describe(device: torch.device) -> str:
     """The device in words: "cpu", or "cuda:0 (NVIDIA H200)"."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
@@ -56,7 +62,7 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _why_none() -> str:
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"this torch ({torch.__version__}) was built without CUDA"
     return "torch sees no GPU here"
 

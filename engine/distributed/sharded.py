@@ -98,7 +98,8 @@ class ShardedParameters(Spans):
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank. All ranks take part."""
-        return bool(sum_over(self.ranks, torch.tensor(float(flag), device=self.device)))
+        # Not where the parameters are: a GPU would be waited for.
+        return bool(sum_over(self.ranks, torch.tensor(float(flag), device=self.ranks.device)))
 
     def watch(self, state: CaptureState) -> None:
         watch_layers(self.module, state)

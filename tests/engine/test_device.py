@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synthward.engine.device import CPU, choose_device, copy_to, describe
+from synthward.engine.device import CPU, choose_device, copy_to, describe, use_device
 from synthward.engine.draws import Draws
 from synthward.engine.errors import ConfigError
 
@@ -102,6 +102,15 @@ def test_several_processes_do_not_share_one_by_its_number(machine):
     machine(2, local_rank=0, processes=2)
     with pytest.raises(ConfigError, match="each has its own"):
         choose_device("cuda:0", one_each=True)
+
+
+def test_the_current_one_is_that_which_is_used(monkeypatch):
+    """A recording would be made on the current one, whatever its tensors are on."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for name in ("cpu", "cuda:1"):
+        use_device(torch.device(name))
+    assert made == [torch.device("cuda:1")]
 
 
 def test_a_device_in_words(monkeypatch):

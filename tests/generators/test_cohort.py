@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from synthward.encoding import TableEncoder
+from synthward.engine.draws import Draws
 from synthward.engine.errors import ConfigError
 from synthward.generators import DiffusionGenerator, DiffusionSettings, GanGenerator, GanSettings
+from synthward.run import cohort
 from synthward.run.cohort import CHUNK_ROWS, CohortSampler
 from synthward.run.where import parse_where
 from synthward.schema import load_schema
@@ -105,6 +107,28 @@ def test_chunks_are_rows_of_the_cohort(make_sampler):
         np.testing.assert_array_equal(chunk["visits"], part["visits"].to_numpy())
     several = sampler.chunk(5, 0, 2 * CHUNK_ROWS)
     np.testing.assert_array_equal(several["visits"], whole["visits"].to_numpy())
+
+
+def test_rows_are_drawn_where_the_generator_is_and_decoded_here(make_sampler, monkeypatch):
+    """Contexts and random numbers go there, in the same calls; those of the decoder are made here again."""
+    sampler, places = make_sampler("stage='II'"), []
+    here = sampler.chunk(5, 0, 100)
+
+    class Elsewhere:
+        """The same generator, said to be on another device."""
+
+        device, generator = torch.device("meta"), sampler.generator
+
+        def __getattr__(self, name):
+            return getattr(self.generator, name)
+
+    monkeypatch.setattr(cohort, "copy_to", lambda tensor, device: places.append(device) or tensor)
+    monkeypatch.setattr(Draws, "to", lambda self, device: places.append(device) or self)
+    sampler.generator = Elsewhere()
+    there = sampler.chunk(5, 0, 100)
+    assert places[:3] == [Elsewhere.device, Elsewhere.device, torch.device("cpu")]
+    for name, values in here.items():
+        np.testing.assert_array_equal(there[name], values)
 
 
 def test_an_error_ends_the_work_and_is_told(make_sampler):

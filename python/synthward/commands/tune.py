@@ -100,8 +100,10 @@ def tune(
         "arithmetic": arithmetic,
     }
     options = FitOptions(
-        generator=generator, device=device, **{k: v for k, v in given.items() if v is not None}
-    )  # type: ignore[arg-type]
+        generator=generator,
+        device=device,
+        **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
+    )
     choices, law = parse_grid(settings or [], grid), parse_shape(shape)
     with make_progress() as progress:
         folder = tune_run(

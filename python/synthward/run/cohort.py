@@ -12,7 +12,7 @@ import torch
 
 from synthward.data import enforce_constraints, to_arrow
 from synthward.encoding import TableEncoder, TokenCoder
-from synthward.engine.device import CPU, copy_to
+from synthward.engine.device import CPU, copy_to, use_device
 from synthward.engine.draws import Draws, sampling_key
 from synthward.engine.errors import ConfigError
 from synthward.generators import Generator
@@ -82,7 +82,7 @@ class CohortSampler:
         """
         workers = torch.get_num_threads()
         starts = iter(range(first - first % CHUNK_ROWS, end, CHUNK_ROWS))
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(workers, initializer=_begin_thread, initargs=(self.generator.device,))
         ahead: deque[Future[pa.RecordBatch]] = deque()
         try:
             for start in starts:
@@ -118,3 +118,8 @@ class CohortSampler:
             self.schema, tokens.cpu().numpy(), scores.cpu().numpy(), within, honoured
         )
         return enforce_constraints(self.schema, columns)
+
+
+def _begin_thread(device: torch.device) -> None:
+    torch.set_num_threads(1)
+    use_device(device)

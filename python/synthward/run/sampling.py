@@ -19,7 +19,7 @@ import torch
 from synthward import __version__
 from synthward.data import CohortWriter, DatasetWriter, Layout, PartRecord
 from synthward.data.dataset import Job
-from synthward.engine.device import choose_device, describe
+from synthward.engine.device import choose_device, describe, use_device
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, OutputError, RankLostError, SynthwardError
 from synthward.progress import NullProgress, Progress, Task
@@ -65,6 +65,7 @@ def sample_run(
     """
     progress, ranks = progress or NullProgress(), ranks or Ranks.alone()
     place = _agreed(ranks, partial(choose_device, device, one_each=ranks.world_size > 1))[ranks.rank]
+    use_device(place)
     asked = _Asked(Path(run), rows, Path(out), where, seed, resume, overwrite, place)
     if asked.out.suffix not in FILES:
         return _sample_dataset(asked, progress, ranks)

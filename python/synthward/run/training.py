@@ -18,7 +18,7 @@ from synthward.engine import (
     PrivateTrainer,
     physical_batches,
 )
-from synthward.engine.device import describe
+from synthward.engine.device import describe, use_device
 from synthward.engine.distributed.checkpoint import (
     is_saved,
     load_sharded,
@@ -76,6 +76,7 @@ class Training:
         else:
             seed, parallel, device = start.seed, start.parallel, start.device
         self.device = agreed_device(device, self.ranks)
+        use_device(self.device)
         self.ledger = _ledger_of(self.ranks, ledger)
         self.rng = np.random.default_rng(seed)
         self.torch_rng = torch.Generator()
