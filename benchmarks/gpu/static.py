@@ -1,6 +1,6 @@
 """What the compiler makes of the outer family's Triton kernels for an H200, which need not be here.
 
-`python -m benchmarks.gpu_static` runs each operation at the shapes of `benchmarks.gpu` on tensors without numbers,
+`python -m benchmarks.gpu.static` runs each operation at the shapes of `benchmarks.gpu` on tensors without numbers,
 notes what it would launch, compiles that, and reads off the machine code: registers and spills, shared memory, blocks
 that fit on a multiprocessor at once, tensor instructions, the widest load. Facts about code, not times.
 """
@@ -263,7 +263,7 @@ def main() -> None:
     options = parser.parse_args()
     if _triton.INTERPRETED:
         raise SystemExit(
-            "benchmarks.gpu_static: TRITON_INTERPRET is set, and then nothing is compiled; unset it"
+            "benchmarks.gpu.static: TRITON_INTERPRET is set, and then nothing is compiled; unset it"
         )
     codes = report(options.only)
     print(json.dumps([asdict(code) for code in codes]) if options.json else table(codes))
