@@ -8,6 +8,10 @@ TESTS = "tests/kernels/test_triton.py::"
 NOISE = "tests/kernels/test_triton_noise.py::"
 CORRELATED = "tests/kernels/test_triton_correlated.py::"
 DISCRETE = "tests/kernels/test_triton_discrete.py::"
+SAMPLERS = "tests/kernels/test_triton_decode.py::"
+WATCHED = "tests/kernels/test_triton_guard.py::test_kernels_stay_within_their_tensors"
+LIES = "tests/kernels/test_triton_guard.py::test_offsets_and_orders_that_lie_lead_nowhere_else"
+DECODE = "kernels/decode/triton_impl.py"
 OUTER, OUTER_SUM = "kernels/outer/triton_impl.py", "kernels/outer/triton_sum.py"
 DIAGONAL = "kernels/diagonal/triton_impl.py"
 SCATTER = "kernels/scatter/triton_impl.py"
@@ -317,5 +321,61 @@ TRITON = [
         "            if weight != 0.0:",
         "            if weight > 1e30:",
         (CORRELATED + "test_it_is_that_of_the_cpu_bit_for_bit[blt-by_itself]",),
+    ),
+    Mutant(
+        "watch: columns behind a row of the head are read, and not counted",
+        DECODE,
+        "mask=inside[:, None] & (col < p), other=0.0)\n        products",
+        "mask=inside[:, None], other=0.0)\n        products",
+        (WATCHED + "[decode]",),
+    ),
+    Mutant(
+        "watch: numbers behind the last are written",
+        "kernels/noise/triton_impl.py",
+        "tl.store(out_ptr + i, uniform, mask=(i >= 0) & (i < count))",
+        "tl.store(out_ptr + i, uniform, mask=i >= 0)",
+        (WATCHED + "[uniform]",),
+    ),
+    Mutant(
+        "watch: every program of a row adds to its first columns",
+        DIAGONAL,
+        "tl.store(partials_ptr + piece * p + col, total, mask=col < p)",
+        "tl.store(partials_ptr + piece * p + col % BP, total, mask=col < p)",
+        (WATCHED + "[diagonal sum]",),
+    ),
+    Mutant(
+        "watch: a slot that no unit wrote begins before the matrix",
+        "kernels/_triton.py",
+        "return tl.maximum(first + (slot - first // STEP - unit) * STEP, first), first, last",
+        "return first + (slot - first // STEP - unit) * STEP, first, last",
+        (LIES + "[decreasing]",),
+    ),
+    Mutant(
+        "watch: an offset beyond the head is followed",
+        DECODE,
+        "last = tl.minimum(tl.maximum(tl.load(offsets_ptr + column + 1), first), tokens)",
+        "last = tl.maximum(tl.load(offsets_ptr + column + 1), first)",
+        (LIES + "[all of it]",),
+    ),
+    Mutant(
+        "samplers: the last column of a norm does not count",
+        DECODE,
+        "        sums += tl.load(x_ptr + n[:, None] * p + col, mask=inside, other=0.0)",
+        "        sums += tl.load(x_ptr + n[:, None] * p + col, mask=inside & (col < p - 1), other=0.0)",
+        (SAMPLERS + "test_features_of_far_inputs_and_wide_rows",),
+    ),
+    Mutant(
+        "samplers: a forbidden token is drawn by a uniform number of 0",
+        DECODE,
+        "> target) & (share > 0.0)",
+        ">= target)",
+        (SAMPLERS + "test_what_is_forbidden_is_never_drawn[128]",),
+    ),
+    Mutant(
+        "samplers: of a long column only the first tokens are drawn",
+        DECODE,
+        "            below += tl.sum(share, axis=0)",
+        "            below += 0.0",
+        (SAMPLERS + "test_borders_are_those_of_the_softmax[40]",),
     ),
 ]
