@@ -196,7 +196,7 @@ class OuterUse:
         """What each way to the norm costs. Materialised gradients spare the weighted sum its product."""
         rows, d = self.activations.shape
         p = self.output_grads.shape[1]
-        read = 4.0 * rows * (d + p)
+        read = float(self.activations.nbytes + self.output_grads.nbytes)
         if layout.is_single:
             return [Way("rank-1", 2.0 * rows * (d + p), read)]
         units = max(layout.num_units, 1)
