@@ -249,3 +249,13 @@ def test_the_library_is_for_wide_layers():
     assert library.pays(65536, 1024, 1024) and library.pays(100, 4096, 4096)
     assert not library.pays(65536, 128, 128)
     assert not library.pays(65536, 4096, 10)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_many_tiles_are_each_taken_once(monkeypatch, parts):
+    """More than one strip of them, the last one lower; more than one in a row."""
+    monkeypatch.setattr(triton_sum, "parts_of", lambda *_: parts)
+    monkeypatch.setattr(triton_sum, "sum_blocks", lambda *_, **__: triton_sum.SumBlocks(16, 16, B, 4, 3))
+    a, g = (torch.randint(-2, 3, (B + 9, n), generator=generator(n)).bfloat16() for n in (70, 16 * 11 - 3))
+    weights = torch.ones(B + 9)
+    assert (summed(a, g, weights) == loop(a, g, weights)[0]).all()
