@@ -175,11 +175,22 @@ def _check_randomness(step: DPStep, graph: GraphModule) -> None:
     if not step.state.has_checkpoint:
         return
     for node in _calls(graph):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _drops_nothing(node):
             raise UnsupportedOperationError(
                 f"compile: {node.target} is random, and the network has activation checkpoints, whose second run would "
                 "draw other numbers; leave dropout out, or run the pass as it is"
             )
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether it is attention without dropout: torch marks its kernels as random for the dropout they could do."""
+    schema = getattr(node.target, "_schema", None)
+    for place, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.name == "dropout_p":
+            default = node.kwargs.get(argument.name, argument.default_value)
+            given = node.args[place] if place < len(node.args) else default
+            return isinstance(given, float) and given == 0.0
+    return False
 
 
 def _lift_constants(graph: GraphModule, own: set[int]) -> list[Tensor]:

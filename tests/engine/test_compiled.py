@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from synthward.engine import ClipSpec, PerfSpec
 from synthward.engine.errors import ConfigError, UnsupportedOperationError
+from synthward.engine.tracing import _check_randomness
 from tests.engine.nets import row_losses
 from tests.engine.recorded import CLIPS, NETS, ROUNDS, UNITS, assert_same, module_of, pair, record, take
 
@@ -356,3 +360,20 @@ def test_a_random_checkpoint_is_refused():
     run(x)
     with pytest.raises(UnsupportedOperationError, match="activation checkpoints"):
         run(x)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attention", "efficient_attention", "cudnn_attention", "efficient_attention_backward"],
+)
+def test_attention_in_a_checkpoint_is_random_by_its_dropout(name):
+    """torch marks these kernels as random whatever their dropout is."""
+    operation = getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    names = [argument.name for argument in operation._schema.arguments]
+    step = SimpleNamespace(state=SimpleNamespace(has_checkpoint=True))
+    for dropout, refused in ((0.0, False), (0.1, True)):
+        graph = torch.fx.Graph()
+        given = [dropout if argument == "dropout_p" else graph.placeholder(argument) for argument in names]
+        graph.call_function(operation, tuple(given))
+        with pytest.raises(UnsupportedOperationError) if refused else nullcontext():
+            _check_randomness(step, torch.fx.GraphModule(nn.Module(), graph))
