@@ -13,6 +13,7 @@ from torch import Tensor
 from synthward.engine.capture import CaptureState, Kept
 from synthward.engine.layout import Layout, Length
 from synthward.engine.provenance import Target
+from synthward.engine.rules.row_values import measured_type
 from synthward.engine.rules.uses import (
     DiagonalRows,
     DiagonalUse,
@@ -32,6 +33,7 @@ from synthward.kernels import (
     diagonal_weighted_sum,
     sum_chain,
 )
+from synthward.kernels.conv import half_chain, prefers_channels_last
 
 # Places of a kernel, and pixels of an image, up to which products of pairs of places are considered.
 _MOST_TAPS, _MOST_PIXELS = 1024, 1 << 14
@@ -73,6 +75,8 @@ class ConvUse:
 
     def released_chain(self, layout: Layout) -> Length:
         if not is_compiled(self.images, self.output_grads):
+            if self.images.dtype == self.output_grads.dtype != torch.float32:
+                return half_chain(self.shape, layout.lengths)
             # Triton's: one sum over all places of the unit's images. The reference, in double, is well within it.
             return sum_chain(self.shape.places * layout.lengths, compiled=True)
         within = min(self.shape.places, SUM_BLOCK)
@@ -225,18 +229,24 @@ class _Conv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_at, bias_at, leading, forward = ctx.call
         setting: _Setting = ctx.setting
-        g = grad.float().contiguous()
+        dtype = measured_type(grad)
+        g = grad.to(dtype)
         uses: list[tuple[Target, Use | DiagonalRows]] = []
         if weight_at is not None:
             shape = setting.shape(x, weight, grad)
-            a = x.detach().float().contiguous()
+            # As autocast takes it.
+            a = x.detach().to(dtype)
             images, grads = (g, a) if setting.transposed else (a, g)
+            if prefers_channels_last(shape, images, grads):
+                shape = replace(shape, channels_last=True)
+                images, grads = images.movedim(1, -1), grads.movedim(1, -1)
             is_shared = x.grad_fn is None or x._is_view()
-            use = ConvUse(images.flatten(1), grads.flatten(1), shape, setting.transposed, is_shared)
-            uses.append((weight_at, use))
+            rows = (images.contiguous().flatten(1), grads.contiguous().flatten(1))
+            uses.append((weight_at, ConvUse(*rows, shape, setting.transposed, is_shared)))
         if bias_at is not None:
             places = tuple(range(2, grad.dim()))
-            uses.append((bias_at, diagonal_use(ctx.state, g.sum(places), leading, forward)))
+            sums = g.contiguous().sum(places, dtype=torch.float32)
+            uses.append((bias_at, diagonal_use(ctx.state, sums, leading, forward)))
         ctx.state.keep(Kept("conv", leading, forward, uses))
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -6,6 +6,7 @@ term meets a column (tap, channel) is the sum of an offset of the term and one o
 
 Products are IEEE's own in fp32, never TF32. SPAN of them are one chain of additions, and the chains are added up: as
 `synthward.kernels.sum_chain` counts, and the engine's bound on rounding with it. Squares are added up in fp64.
+bf16 and fp16 are read as they are; what tensor cores take of them is in `triton_half`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from synthward.kernels._select import written
 from synthward.kernels._triton import FUSED, add_totals, block, ceil_div, exact_dot, on, segment
+from synthward.kernels.conv import triton_half
 from synthward.kernels.conv.shape import ConvShape
 from synthward.kernels.diagonal.triton_impl import add_pieces
 from synthward.kernels.outer.dense import SUM_BLOCK
@@ -26,6 +28,7 @@ from synthward.kernels.outer.dense import SUM_BLOCK
 # Most pieces that a weighted sum's terms are cut into, programs beyond which it is cut no further, and fewest terms of
 # a piece.
 _PIECES, _PROGRAMS, _TERMS = 128, 1024, 4 * SUM_BLOCK
+_HALF = (torch.bfloat16, torch.float16)
 # Elements of a row whose squares one program adds up.
 _SQUARES = 8192
 
@@ -44,7 +47,9 @@ def gradient_blocks(shape: ConvShape, terms: int) -> Blocks:
     """Outputs x columns of a group's gradient, from so many of about `terms` terms at a time."""
     # A depthwise convolution has one output in a group.
     outputs, columns = block(shape.outputs, 1, 64), block(shape.taps * shape.channels, 16, 64)
-    return Blocks(outputs, columns, block(terms, 16, 32), max(1, min(4, outputs * columns // 1024)), 3)
+    each = block(terms, 16, 32)
+    # What a thread holds of the operands and their addresses must fit in its registers.
+    return Blocks(outputs, columns, each, max(1, min(4, (outputs + columns) * each // 1024)), 3)
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def _form(
             output_grads_ptr + (row * (groups * outputs * places) + place) + output[:, None],
             mask=live & (i[:, None] < outputs),
             other=0.0,
-        )  # [BO, BT]
+        ).to(tl.float32)  # [BO, BT]
         if weights_ptr is not None:
             g = g * w
         line = place // o2
@@ -99,7 +104,7 @@ def _form(
             seen = seen & (x2[:, None] + z2 >= 0) & (x2[:, None] + z2 < d2)
         term = row * (groups * channels * pixels) + (z0 * d1 + z1) * d2 + z2
         x = tl.load(images_ptr + term + column[:, None], mask=seen, other=0.0)  # [BC, BT]
-        chain = exact_dot(g, tl.trans(x), chain)
+        chain = exact_dot(g, tl.trans(x.to(tl.float32)), chain)
         if (at - begin + BT) % SPAN == 0:
             acc += chain
             chain = tl.zeros((BO, BC), tl.float32)
@@ -189,16 +194,21 @@ def norms(
     rows, units = len(images), len(sq_norms)
     if 0 in (rows, units, shape.numel):
         return
-    x, g = _rows(images), _rows(output_grads)
+    shape, x, g = _operands(shape, images, output_grads)
     with on(x):
-        blocks = _unit_blocks(shape, rows, units)
-        programs = units * shape.groups * _tiles(shape, blocks)
-        partials = torch.empty(programs, dtype=torch.float64, device=x.device)
-        _form_units(shape, blocks, x, g, offsets, order, partials, None)
-        add_totals(sq_norms, partials)
-        # A pixel is in at most as many patches as the kernel has places (Cauchy and Schwarz for the rest).
-        squares = _squares(x, rows * shape.groups) * _squares(g, rows * shape.groups)
-        lengths = (shape.taps * squares).sqrt().view(rows, shape.groups).sum(1)
+        if on_tensor_cores(shape, x.dtype):
+            triton_half.norms(shape, x, g, offsets, order, sq_norms)
+        else:
+            blocks = _unit_blocks(shape, rows, units)
+            programs = units * shape.groups * _tiles(shape, blocks)
+            partials = torch.empty(programs, dtype=torch.float64, device=x.device)
+            _form_units(shape, blocks, x, g, offsets, order, partials, None)
+            add_totals(sq_norms, partials)
+        # A pixel is in at most as many patches as the kernel has places (Cauchy and Schwarz for the rest). Where the
+        # channels come last, all groups are one piece: no less (Cauchy and Schwarz again).
+        pieces = 1 if shape.channels_last else shape.groups
+        squares = _squares(x, rows * pieces) * _squares(g, rows * pieces)
+        lengths = (shape.taps * squares).sqrt().view(rows, pieces).sum(1)
         if order is not None:
             lengths = lengths.index_select(0, order)
         add_totals(row_sums, lengths, offsets=offsets, rows=rows)
@@ -217,10 +227,13 @@ def unit_grads(
     if len(images) == 0:
         grads.zero_()
     elif grads.numel():
-        x, g = _rows(images), _rows(output_grads)
+        shape, x, g = _operands(shape, images, output_grads)
         with on(x):
-            blocks = _unit_blocks(shape, len(x), len(grads))
-            _form_units(shape, blocks, x, g, offsets, order, None, grads)
+            if on_tensor_cores(shape, x.dtype):
+                triton_half.unit_grads(shape, x, g, offsets, order, grads)
+            else:
+                blocks = _unit_blocks(shape, len(x), len(grads))
+                _form_units(shape, blocks, x, g, offsets, order, None, grads)
 
 
 def weighted_sum(
@@ -230,21 +243,35 @@ def weighted_sum(
     terms = len(images) * shape.places
     if 0 in (terms, shape.numel):
         return
-    x, g = _rows(images), _rows(output_grads)
+    shape, x, g = _operands(shape, images, output_grads)
+    with on(x):
+        if on_tensor_cores(shape, x.dtype):
+            triton_half.weighted_sum(shape, x, g, row_weights, out)
+        else:
+            _weighted_sum(shape, x, g, row_weights, out)
+    written(out)
+
+
+def on_tensor_cores(shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether operands of this type are multiplied there, and are best given with their channels last. Not fp32; nor
+    groups so small, depthwise ones above all, that most of the smallest product would be of zeros."""
+    return dtype in _HALF and triton_half.is_worth_while(shape)
+
+
+def _weighted_sum(shape: ConvShape, x: Tensor, g: Tensor, row_weights: Tensor, out: Tensor) -> None:
+    terms = len(x) * shape.places
     blocks = gradient_blocks(shape, terms)
     tiles = _tiles(shape, blocks)
     pieces = min(_PIECES, max(1, _PROGRAMS // (shape.groups * tiles)), ceil_div(terms, _TERMS))
     length = ceil_div(ceil_div(terms, pieces), SUM_BLOCK) * SUM_BLOCK
     pieces = ceil_div(terms, length)
-    with on(x):
-        partials = torch.empty(pieces, shape.numel, dtype=torch.float64, device=x.device)
-        _conv_sum_kernel[(pieces * shape.groups * tiles,)](
-            *(x, g, row_weights.contiguous(), partials, tiles, _across(shape, blocks), length, terms),
-            *_numbers(shape),
-            **_choices(shape, blocks),
-        )
-        add_pieces(out, partials)
-    written(out)
+    partials = torch.empty(pieces, shape.numel, dtype=torch.float64, device=x.device)
+    _conv_sum_kernel[(pieces * shape.groups * tiles,)](
+        *(x, g, row_weights.contiguous(), partials, tiles, _across(shape, blocks), length, terms),
+        *_numbers(shape),
+        **_choices(shape, blocks),
+    )
+    add_pieces(out, partials)
 
 
 def _form_units(
@@ -266,8 +293,14 @@ def _form_units(
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
+def _operands(shape: ConvShape, images: Tensor, output_grads: Tensor) -> tuple[ConvShape, Tensor, Tensor]:
+    """Contiguous, of one type, and in the order of channels that the kernels for that type take."""
+    x, g = images.detach(), output_grads.detach()
+    if x.dtype != g.dtype or x.dtype not in _HALF:
+        x, g = x.float(), g.float()
+    if not on_tensor_cores(shape, x.dtype):
+        shape, x, g = shape.channels_first(x, g)
+    return shape, x.contiguous(), g.contiguous()
 
 
 def _unit_blocks(shape: ConvShape, rows: int, units: int) -> Blocks:

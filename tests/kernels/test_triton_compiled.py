@@ -19,7 +19,8 @@ pytestmark = [
     ),
 ]
 MULTIPLYING = ("_gram_kernel", "_tile_kernel", "_sum_kernel")
-CONVOLVING = ("_conv_tile_kernel", "_conv_sum_kernel")  # fp32 alone
+CONVOLVING = ("_conv_tile_kernel", "_conv_sum_kernel")  # of fp32, and of groups too small for tensor cores
+HALF_CONVOLVING = ("_conv_half_tile_kernel", "_conv_half_sum_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def test_no_product_of_fp32_is_tf32(listings):
     assert not [name for name, cases in listings.items() for case in cases if case["tf32"]]
     for name in CONVOLVING:
         assert {case["mma"] for case in listings[name]} == {False}
+    for name in HALF_CONVOLVING:
+        assert {case["mma"] for case in listings[name]} == {True}
     for name in MULTIPLYING:
         assert {case["mma"] for case in listings[name] if case["operands"] == "fp32"} == {False}
         # The same look finds tensor instructions where they are wanted.

@@ -20,6 +20,7 @@ H200 = GPUTarget("cuda", 90, 32)
 MODULES = [
     "_triton",
     "outer.triton_sum",
+    "conv.triton_half",
     *(
         f"{name}.triton_impl"
         for name in (
@@ -35,7 +36,11 @@ MODULES = [
         )
     ),
 ]
-BF16 = dict.fromkeys(("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr"), "*bf16")
+BF16 = dict.fromkeys(
+    ("a_ptr", "g_ptr", "rows_ptr", "x_ptr", "dx_ptr", "images_ptr", "output_grads_ptr"), "*bf16"
+)
+# Of operands of half precision alone.
+HALF = {"_conv_half_tile_kernel", "_conv_half_sum_kernel"}
 # Of others x is fp32 whatever the operands are.
 TAKE_X = {
     *(
@@ -79,6 +84,10 @@ POINT = {
     **dict.fromkeys(("groups", "channels", "outputs", "places", "width", "tiles", "across"), 1),
     **dict.fromkeys((f"{letter}{axis}" for letter in "dksrpo" for axis in range(letter in "ko", 3)), 1),
 }
+HALF_POINT = {
+    **{key: value for key, value in POINT.items() if key not in ("channels", "outputs", "width")},
+    **dict.fromkeys(("chunks", "bundles", "true_channels", "true_outputs", "taps"), 1),
+}
 # Every row is a unit.
 NO_UNITS = dict.fromkeys(("offsets_ptr", "slots_ptr", "order_ptr", "scale_partials_ptr", "bias_partials_ptr"))
 # Blocks of rows as they come.
@@ -119,6 +128,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "_conv_sum_kernel": [
         {"BO": 64, "BC": 64, "BT": 32, "SPAN": 128, **PADDED},
         {"BO": 1, "BC": 16, "BT": 16, "SPAN": 128, **POINT, "num_warps": 1},
+    ],
+    "_conv_half_tile_kernel": [
+        {"BC": 128, "BO": 128, "BT": 64, "VC": 8, "VO": 8, **PADDED, "grads_ptr": None, "num_warps": 8},
+        {"BC": 64, "BO": 16, "BT": 16, "VC": 2, "VO": 2, **HALF_POINT},
+    ],
+    "_conv_half_sum_kernel": [
+        {"BC": 128, "BO": 64, "BT": 64, "VC": 8, "VO": 8, **PADDED},
+        {"BC": 64, "BO": 16, "BT": 16, "VC": 2, "VO": 2, **HALF_POINT},
     ],
     "_conv_squares_kernel": [
         {"SPAN": 8192, "BR": 1, "BK": 1024},
@@ -245,6 +262,7 @@ def main() -> None:
     for name, cases in CASES.items():
         reads = set(found[name].arg_names) & BF16.keys() - ({"x_ptr"} if name not in TAKE_X else set())
         operands = [{}, {key: BF16[key] for key in reads}] if reads else [{}]
+        operands = operands[1:] if name in HALF else operands
         result[name] = [compiled(name, found[name], case, types) for case in cases for types in operands]
     print(json.dumps(result))
 

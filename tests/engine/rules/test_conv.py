@@ -12,6 +12,7 @@ from torch import nn
 from synthward.engine import KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
 from synthward.engine.errors import UnsupportedOperationError
 from synthward.engine.layout import Layout
+from synthward.engine.rules import conv as rule
 from synthward.engine.rules.conv import ConvUse
 from synthward.engine.rules.uses import Norms
 from synthward.kernels import ConvShape
@@ -164,6 +165,47 @@ def test_autocast():
     trainer.apply()
     found = before - flat_parameters(net)
     assert np.linalg.norm(found - expected) <= 2e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counts", [[1] * 5, [2, 0, 3]])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_half_precision_as_on_a_gpu(dtype, counts, kernels, monkeypatch):
+    """Operands stay as the network has them; who multiplies them is the plain reference, or Triton's interpreter with
+    channels behind places."""
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="the package triton cannot be imported here")
+        from synthward.kernels._triton import INTERPRETED
+
+        if not INTERPRETED:
+            pytest.skip("Triton's interpreter is not in use: there is a GPU")
+    seen = []
+
+    def noted(run):
+        def call(shape, images, output_grads, *args, **how):
+            seen.append((images.dtype, output_grads.dtype, shape.channels_last))
+            return run(shape, images, output_grads, *args, **how, backend=kernels)
+
+        return call
+
+    for name in ("conv_norms", "conv_sum", "conv_unit_grads"):
+        monkeypatch.setattr(rule, name, noted(getattr(rule, name)))
+    monkeypatch.setattr(rule, "measured_type", lambda grad: grad.dtype)
+    monkeypatch.setattr(rule, "prefers_channels_last", lambda *_: kernels == "triton")
+    torch.manual_seed(7)
+    net, x = Net(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), 4, 2), torch.randn(5, 4, 8, 8)
+    expected = oracle(net, x, counts, 0.2)
+    trainer, before = make_trainer(net, max_grad_norm=0.2), flat_parameters(net)
+    with torch.autocast("cpu", dtype=dtype), trainer.capture():
+        out = net(x).float().flatten(1)
+        rows = torch.sin(out).sum(1) + out.square().mean(1)
+        losses = torch.stack([part.sum() for part in rows.split(counts)])
+    trainer.backward(losses, offsets=torch.tensor([0, *counts]).cumsum(0))
+    trainer.apply()
+    found = before - flat_parameters(net)
+    assert np.linalg.norm(found - expected) <= 2e-2 * np.linalg.norm(expected)
+    assert set(seen) == {(dtype, dtype, kernels == "triton")}
 
 
 def test_an_image_without_a_batch_axis_is_refused():
