@@ -59,10 +59,7 @@ class Result:
 
     def rows(self, section: str) -> Rows:
         """Rows by job; those of another source or device are not among them."""
-        if not self.is_current(section):
-            return {}
-        found: Rows = self.content["sections"][section]["rows"]
-        return found
+        return self.all_rows(section) if self.is_current(section) else {}
 
     def all_rows(self, section: str) -> Rows:
         """Rows by job, whatever they were measured on."""

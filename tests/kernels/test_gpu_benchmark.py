@@ -402,6 +402,7 @@ from benchmarks.gpu.result import Result, describe
 from benchmarks.gpu.table import table
 
 result = Result(Path({file!r}))
+assert result.rows("kernels") == {{}} and not result.jobs("kernels"), "before anything was written"
 result.begin(describe(on_gpu=False))
 for number in range(100):
     result.put("kernels", f"norm {{number}}", {{"failed": "x" * 300}})
