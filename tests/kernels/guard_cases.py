@@ -353,12 +353,15 @@ OPERATIONS = {
     ),
     "convolution": Operation(
         conv,
-        names(*("conv_tile", "conv_sum", "conv_squares", "columns", "totals")),
+        names(
+            *("conv_tile", "conv_sum", "conv_squares", "conv_half_tile", "conv_half_sum", "columns", "totals")
+        ),
         [
             (PADDED, [3, 0, 1], False, FLOAT),
             (BEFORE, [2, 0, 5], True, FLOAT),
             (POINT, [1], False, FLOAT),
             (DEPTHWISE, [1, 2], True, FLOAT),
+            (PADDED, [1, 0, 2], True, BRAIN),
             (PADDED, EMPTY, False, FLOAT),
             (PADDED, NONE, False, FLOAT),
         ],
