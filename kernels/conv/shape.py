@@ -78,8 +78,8 @@ class ConvShape:
     def from_numbers(cls, numbers: Sequence[int]) -> ConvShape:
         """Inverse of `numbers`."""
         groups, channels, outputs = numbers[:3]
-        axes = [(numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(3, _NUMBERS, 3)]
-        return cls(groups, channels, outputs, *axes, channels_last=len(numbers) > _NUMBERS)
+        a, b, c, d, e, f = ((numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(3, _NUMBERS, 3))
+        return cls(groups, channels, outputs, a, b, c, d, e, f, len(numbers) > _NUMBERS)
 
     def channels_first(self, images: Tensor, output_grads: Tensor) -> tuple[ConvShape, Tensor, Tensor]:
         """The same with images [N, groups * channels * size...] and output_grads [N, groups * outputs * out...]."""
