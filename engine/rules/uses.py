@@ -139,7 +139,8 @@ class OuterUse:
             return 1
         if self.is_formed and not _is_small(layout):
             return self._sum_chain(layout)
-        chain = sum_chain(max(a.shape[1] + int(self.with_bias), g.shape[1]), compiled=is_compiled_here)
+        width = max(a.shape[1] + int(self.with_bias), g.shape[1])
+        chain = sum_chain(self._truncations * width, compiled=is_compiled_here)
         # Elsewhere pairs of inner products are multiplied, and some of them added up, in fp32, too.
         return chain if is_compiled_here else chain + 4
 
@@ -151,7 +152,14 @@ class OuterUse:
         return chain + chain // 64 + math.ceil(rounding / UNIT_ROUNDOFF) + 2
 
     def _sum_chain(self, layout: Layout) -> Length:
-        return sum_chain(layout.lengths, compiled=is_compiled(self.activations, self.output_grads))
+        a, g = self.activations, self.output_grads
+        return sum_chain(self._truncations * layout.lengths, compiled=is_compiled(a, g))
+
+    @property
+    def _truncations(self) -> int:
+        """Roundings that an addition counts as: tensor cores, which multiply operands of half precision, cut off what
+        does not fit (Fasi et al. 2021), which is up to twice as much."""
+        return 2 if self.activations.element_size() == 2 else 1
 
     @property
     def evidence(self) -> Tensor:
