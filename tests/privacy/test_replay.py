@@ -80,6 +80,9 @@ class Watched:
         self.seen.append(("task", name, total))
         return WatchedTask(self, name)
 
+    def note(self, text: str) -> None:
+        self.seen.append(("note", text))
+
 
 class WatchedTask:
     def __init__(self, watched: Watched, name: str) -> None:
