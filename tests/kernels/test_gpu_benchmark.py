@@ -306,6 +306,8 @@ def started(log: Path, file: Path) -> tuple[subprocess.Popen[str], list[int]]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # A shell that starts the tests in the background leaves it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60.0
     while "child" not in begun(log):
