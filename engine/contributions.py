@@ -100,6 +100,8 @@ class Contributions:
         self._clip, self._groups, self._sums, self._planner = clip, groups, sums, planner
         self._observe, self._given = observe, factors
         self._measure_only = measure_only or factors is not None
+        # A pass that measures alone adds nothing to the sums, and ends none of them.
+        self._is_summed = not measure_only
         self._norms = Norms()
         self._waiting: dict[int, list[Item]] = defaultdict(list)
         self._states = [_Group(GroupNorms(self.num_units, sums.device)) for _ in groups.bounds]
@@ -428,7 +430,7 @@ class Contributions:
                 if not left[position]:
                     self._sums.done(position)
         for position, group_of in enumerate(self._groups.of_position):
-            if group_of == index and position not in left:
+            if group_of == index and position not in left and self._is_summed:
                 self._sums.done(position)
         self._biases = set()
         self._planner.free()
