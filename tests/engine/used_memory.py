@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from synthward.engine.estimate import Built, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +29,17 @@ def of_benchmark(name: str) -> Workload:
 
     def build() -> Built:
         network = work.build()
-        layers = [layer for layer in network.children() if any(True for _ in layer.parameters())]
-        return Built(network, lambda x, y: work.row_losses(network(x), y), layers)
+        return Built(network, lambda x, y: work.row_losses(network(x), y), _layers(network))
 
     return Workload(name, build, work.data)
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """Those that are sharded by themselves: a list of layers, which has no pass of its own, counts as its layers."""
+    layers: list[nn.Module] = []
+    for child in network.children():
+        layers += child if isinstance(child, nn.ModuleList) else [child]
+    return [layer for layer in layers if any(True for _ in layer.parameters())]
 
 
 @functools.cache
