@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.models import WORKLOADS, Block, Workload
 from benchmarks.steps import CLIP, LEARNING_RATE, NOISE, Mean, Step, setup
 from synthward.engine import KeySchedule, PrivacyPlan, PrivateTrainer
+from synthward.engine.distributed.agreement import check_in_step
 from synthward.engine.distributed.exchange import start_all_gather, start_reduce_scatter
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.flat import FlatParameters
@@ -29,6 +30,15 @@ from synthward.engine.flat import FlatParameters
 # Elements that each collective is timed for.
 SIZES = tuple(1 << power for power in (12, 16, 18, 20, 22, 23))
 REPEATS = 9
+# As many numbers as a step compares between ranks.
+_MARKS: dict[str, int | float] = {
+    "draw": 0,
+    "step": 0,
+    "stream": 0,
+    "place": 0,
+    "bound": CLIP,
+    "noise": NOISE,
+}
 
 
 @dataclass(frozen=True)
@@ -158,11 +168,12 @@ def opacus_step(work: Workload, share: Share, mode: str) -> Step:
 def exchange_step(work: Workload, share: Share) -> Step:
     """What ranks send each other in a step, and nothing else: sums to their owners, parameters from them."""
     network = share.of(work)[0]
-    flat = FlatParameters(network, _adam(network), Ranks.current())
+    ranks = Ranks.current()
+    flat = FlatParameters(network, _adam(network), ranks)
 
     def step() -> None:
         flat.sums.begin_pass(is_last=False)
-        flat.sums.complete()
+        flat.sums.complete(lambda: check_in_step(ranks, _MARKS))
         flat.share()
         flat.sums.release()
 

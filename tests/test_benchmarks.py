@@ -101,11 +101,12 @@ def test_parts_of_a_result_keep_each_other(tmp_path: Path, machine: ModuleType):
 def test_ranks_are_measured_beside_their_peers():
     before = results()
     variants = "plain DDP;synthward;synthward replicas;synthward FSDP2"
+    pieces = "exchange, memory in common;exchange, loopback"
     options = (
         "--models",
         "gan",
         "--variants",
-        variants,
+        f"{variants};{pieces}",
         "--rounds",
         "2",
         "--seconds",
@@ -115,7 +116,8 @@ def test_ranks_are_measured_beside_their_peers():
     )
     _, *lines = run("distributed", *options, "--dry")
     for variant in variants.split(";"):
-        (line,) = [line for line in lines if line.startswith(f"gan  {variant}  ")]
+        # What pieces are told beside is measured with them once more.
+        line, *_ = [line for line in lines if line.startswith(f"gan  {variant}  ")]
         figures = [
             float(word.strip("(),")) for word in line[len(f"gan  {variant}") :].split() if word != "to"
         ]
@@ -123,6 +125,8 @@ def test_ranks_are_measured_beside_their_peers():
         processes = 1 if variant == "synthward" else 2
         assert len(figures) == 3 + 2 * ("synthward" in variant) + processes
         assert min(figures) > 0.0
+    for piece in pieces.split(";"):
+        assert any(line.startswith(f"gan  {piece}  ") for line in lines)
     ratios = [line for line in lines if " ratio " in line]
     assert len(ratios) == 3 and all(float(line.split(": ")[1].split()[0]) > 0.0 for line in ratios)
     assert any("goal throughput of ranks over one process" in line for line in lines)
