@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from synthward.engine.errors import LedgerError, SynthwardError
+from synthward.engine.files import sync_path
 
 Line = dict[str, Any]
 # Raises ValueError, with what the line "...", if a line can not follow those before it.
@@ -84,7 +85,7 @@ class Chain:
             raise LedgerError(f"{path}: a {form.noun} exists here already; its spend can not be reset")
         try:
             chain.append("header", **header)
-            _sync_folder(path)
+            sync_path(path.absolute().parent)
         except BaseException:
             # Nothing was charged yet: half a file would only bar the next attempt.
             path.unlink(missing_ok=True)
@@ -308,11 +309,3 @@ def _write(descriptor: int, data: bytes) -> None:
     if os.write(descriptor, data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.fsync(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

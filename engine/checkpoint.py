@@ -7,7 +7,6 @@ Never kept: sums without noise, noise keys, anything per unit. A resumed trainer
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from synthward.engine.errors import CheckpointError
+from synthward.engine.files import sync_path
 from synthward.engine.optim import load_optimizer_tensors, optimizer_tensors
 from synthward.engine.step import DPStep
 
@@ -74,8 +74,7 @@ def save_checkpoint(path: Path | str, tensors: dict[str, Tensor], info: dict[str
     part = path.with_name(path.name + ".part")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"info": json.dumps(info)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_path(part)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ ALLOWED = {
     "synthward.engine": {"numpy", "torch", "cryptography", "safetensors"},
     "synthward.engine.accounting": {"dp_accounting", "numpy", "scipy", "prv_accountant"},
     "synthward.engine.errors": set(),
+    "synthward.engine.files": set(),
     "synthward": {
         *("numpy", "torch", "scipy", "pyarrow", "pydantic", "typer", "rich", "sklearn"),
         *("matplotlib", "jinja2", "markupsafe", "safetensors", "numba"),
@@ -48,14 +49,15 @@ ALLOWED = {
 CLOSED = {
     "synthward.kernels": r"synthward\.(?!kernels\b|_C\b)",
     "synthward.engine": r"synthward\.(?!engine\b|kernels\b)|synthward\.kernels\._|synthward\._C",
+    "synthward.engine.files": r"synthward\.",
     "synthward.engine.accounting": r"synthward\.(?!engine\.(accounting|errors)\b)",
     "synthward": r"synthward\._C|synthward\.kernels",
     "synthward.schema": r"synthward\.(?!schema|codes|engine\.errors)",
-    "synthward.data": r"synthward\.(?!data|schema|codes|engine\.errors)",
+    "synthward.data": r"synthward\.(?!data|schema|codes|engine\.(errors|files)\b)",
     "synthward.generators": r"synthward\.(?!generators|encoding|schema|engine\.(errors|device)|kernels\b)",
     "synthward.observe": r"synthward\.(?!observe|engine\b|__version__)",
     "synthward.evaluate": r"synthward\.(generators|run|commands|report)",
-    "synthward.simulate": r"synthward\.(generators|run|engine(?!\.errors))",
+    "synthward.simulate": r"synthward\.(generators|run|engine(?!\.(errors|files)\b))",
 }
 
 

@@ -31,9 +31,9 @@ from synthward.engine.distributed.storage import (
     check_file,
     data_folders,
     read_index,
-    sync_folder,
 )
 from synthward.engine.errors import CheckpointError, SynthwardError
+from synthward.engine.files import sync_path
 
 __all__ = ["Index", "SavedTensor", "is_saved", "load_sharded", "read_index", "remove_sharded", "save_sharded"]
 
@@ -198,7 +198,7 @@ def _make_folder(path: Path) -> str:
         held = read_index(path).files if is_saved(path) else {}
         _clean(path, keep={name.split("/")[0] for name in held})
         (path / data).mkdir()
-        sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: can not be written ({error.strerror})") from None
     return data

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from synthward.engine.errors import CheckpointError
+from synthward.engine.files import sync_file, sync_path, write_synced
 
 INDEX_FILE = "index.json"
 FORMAT, VERSION = "synthward-checkpoint", 1
@@ -210,8 +211,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> SavedFile:
         for raw in chain((len(text).to_bytes(8, "little"), text), pieces):
             digest.update(raw)
             file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     return SavedFile(8 + len(text) + end, digest.hexdigest())
 
 
@@ -244,15 +244,6 @@ def check_file(path: Path, name: str, saved: SavedFile) -> None:
 def data_folders(path: Path) -> set[str]:
     """Names of the folders of data in a checkpoint's folder; whatever else lies there is not ours."""
     return {entry.name for entry in path.iterdir() if _FOLDER.fullmatch(entry.name) and entry.is_dir()}
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder, that is the names in it, to the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 class Writer(StorageWriter):
@@ -293,7 +284,7 @@ class Writer(StorageWriter):
             tensors[item.index.fqn] = value
         try:
             saved = write_tensors(self.path / name, tensors)
-            sync_folder((self.path / name).parent)
+            sync_path((self.path / name).parent)
         except OSError as error:
             raise CheckpointError(f"{self.path / name}: can not be written ({error.strerror})") from None
         return [WriteResult(item.index, tensors[item.index.fqn].nbytes, (name, saved)) for item in plan.items]
@@ -324,13 +315,10 @@ class Writer(StorageWriter):
         target = self.path / INDEX_FILE
         part = target.with_name(INDEX_FILE + ".part")
         try:
-            with part.open("wb") as file:
-                file.write(index.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(self.path)
+            write_synced(part, index.to_json())
+            sync_path(self.path)
             part.replace(target)
-            sync_folder(self.path)
+            sync_path(self.path)
         except OSError as error:
             raise CheckpointError(f"{target}: can not be written ({error.strerror})") from None
 

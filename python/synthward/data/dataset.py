@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from synthward.data.arrow import arrow_schema
-from synthward.data.disk import ROW_GROUP, ParquetOutput, disk_reason, sync_folder, write_synced
+from synthward.data.disk import ROW_GROUP, ParquetOutput, disk_reason, write_lasting
 from synthward.data.lock import LOCK_FILE, FolderLock
 from synthward.data.manifest import (
     FORMAT_VERSION,
@@ -37,6 +36,7 @@ from synthward.data.manifest import (
     read_manifest,
 )
 from synthward.engine.errors import OutputError
+from synthward.engine.files import sync_file, sync_path
 from synthward.schema import Schema
 
 _SEED_BITS = 62
@@ -198,7 +198,7 @@ class DatasetWriter:
                 output.abandon()
                 temporary.unlink(missing_ok=True)
                 raise
-            sync_folder(self._staging)
+            sync_path(self._staging)
         return record
 
     def parts_on_disk(self) -> int:
@@ -225,7 +225,7 @@ class DatasetWriter:
             facts = {**self.job.facts, "seed": seed, "request": self.job.request}
             manifest = make_manifest(layout, self._schema, found, facts)
             text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
-            write_synced(self._staging / MANIFEST_FILE, text.encode())
+            write_lasting(self._staging / MANIFEST_FILE, text.encode())
             self._publish()
         return self.path
 
@@ -250,14 +250,13 @@ class DatasetWriter:
     def _write_state(self) -> None:
         state = {"version": FORMAT_VERSION, "request": self.job.request, "run_id": self.job.facts["run_id"]}
         state |= {"seed": self.job.seed, "is_given": self.job.is_given}
-        write_synced(self._staging / STATE_FILE, (json.dumps(state) + "\n").encode())
+        write_lasting(self._staging / STATE_FILE, (json.dumps(state) + "\n").encode())
 
     def _note(self, record: PartRecord) -> None:
         """One line in this writer's journal, on the disk before the part has its name."""
         with (self._staging / f"_journal-{self._token}.jsonl").open("ab") as file:
             file.write((json.dumps(asdict(record)) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
     def _publish(self) -> None:
         """Moves a folder that has its manifest to the output."""
@@ -275,7 +274,7 @@ class DatasetWriter:
             self.path.rename(old)
         # An empty folder is replaced by a rename, and no other.
         self._staging.rename(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         (self.path / LOCK_FILE).unlink(missing_ok=True)
         _remove(old)
         self.job = replace(self.job, is_finished=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from synthward.engine.files import replace_synced, sync_file, sync_path
 
 ROW_GROUP = 65_536
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -21,24 +22,10 @@ def disk_reason(error: OSError) -> str:
     return "no space left on the disk" if error.errno in _FULL else (error.strerror or str(error))
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_synced(path: Path, data: bytes) -> None:
+def write_lasting(path: Path, data: bytes) -> None:
     """Writes a small file in one move: a reader, or a later start after a kill, finds the old or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    replace_synced(path, data, path.with_name(f"{path.name}.tmp"))
+    sync_path(path.parent)
 
 
 class ParquetOutput:
@@ -98,8 +85,7 @@ class _Counted:
         self._file.flush()
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def close(self) -> None:
         self._file.close()

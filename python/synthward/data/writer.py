@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +22,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from synthward.data.arrow import arrow_schema
-from synthward.data.disk import ROW_GROUP, ParquetOutput, disk_reason, sync_folder, write_synced
+from synthward.data.disk import ROW_GROUP, ParquetOutput, disk_reason, write_lasting
 from synthward.engine.errors import OutputError
+from synthward.engine.files import sync_file, sync_path
 from synthward.schema import Schema
 
 _STATE_VERSION = 1
@@ -109,7 +109,7 @@ class CohortWriter:
                 self._final_temporary.replace(self.path)
             finally:
                 self._final_temporary.unlink(missing_ok=True)
-            sync_folder(self.path.parent)
+            sync_path(self.path.parent)
             self._remove_folder()
         self._finished = True
         return self.path
@@ -194,7 +194,7 @@ class CohortWriter:
             "schema": self._schema.fingerprint(),
             "merging": merging,
         }
-        write_synced(self._folder / "state.json", (json.dumps(state) + "\n").encode())
+        write_lasting(self._folder / "state.json", (json.dumps(state) + "\n").encode())
 
     def _flush_rows(self) -> None:
         if not self._pending:
@@ -216,7 +216,7 @@ class CohortWriter:
         self._part.close()
         path = self._folder / _part_name(len(self._parts))
         self._part_temporary.replace(path)
-        sync_folder(self._folder)
+        sync_path(self._folder)
         self._parts.append(path)
         self._part = None
         self._part_rows = 0
@@ -232,8 +232,7 @@ class CohortWriter:
         if self.path.suffix == ".csv":
             with self._final_temporary.open("wb") as file:
                 self._merge_csv(file)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
             return
         footer = {f"synthward.{key}": value for key, value in metadata.items()}
         merged = ParquetOutput(self._final_temporary, self._arrow_schema.with_metadata(footer))

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from synthward.engine.errors import OutputError
+from synthward.engine.files import replace_synced
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -29,11 +30,7 @@ def write_new_file(path: Path, content: bytes, *, overwrite: bool) -> Path:
     refuse_existing(path, overwrite)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_synced(path, content, temporary, is_new=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
     finally:

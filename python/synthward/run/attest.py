@@ -29,6 +29,7 @@ from synthward import __version__
 from synthward.data.manifest import MANIFEST_FILE, check_dataset, read_manifest
 from synthward.engine import Ledger
 from synthward.engine.errors import CheckpointError, ConfigError, DataError, OutputError, PrivacyError
+from synthward.engine.files import sync_file
 from synthward.run.folder import (
     ENCODER_FILE,
     LEDGER_FILE,
@@ -69,7 +70,7 @@ def new_key(path: Path) -> Path:
             made.append(file)
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(data)
-                os.fsync(handle.fileno())
+                sync_file(handle)
     except OSError as error:
         # Half a pair is of no use, and would be in the way of the next attempt.
         for written in made:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from synthward.encoding import TableEncoder
 from synthward.engine.device import CPU
 from synthward.engine.errors import CheckpointError, OutputError
+from synthward.engine.files import replace_synced, sync_path
 from synthward.generators import Generator, build_generator
 from synthward.generators.registry import make_settings
 from synthward.schema import Schema, load_schema
@@ -98,8 +98,7 @@ class RunFolder:
         target = self.path / name
         temporary = target.with_name(f".{name}.tmp")
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync_path(temporary)
         temporary.replace(target)
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
@@ -136,11 +135,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        replace_synced(path, data, temporary)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: can not be written ({error.strerror})") from None

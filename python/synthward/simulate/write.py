@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from synthward.engine.errors import ConfigError, OutputError
+from synthward.engine.files import sync_file
 from synthward.progress import NullProgress, Progress
 from synthward.schema import Schema, load_schema
 from synthward.simulate.patients import INSURANCE, REGIONS, SMOKING, draw_patients
@@ -97,8 +97,7 @@ def _open_writer(path: Path, name: str) -> Iterator[Any]:
         else:
             with _compressed(file, name) as target, csv.CSVWriter(target, schema) as writer:
                 yield writer
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 @contextlib.contextmanager
