@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,6 @@ def test_a_broken_engine_ends_in_exit_code_3(place, capsys, monkeypatch):
 
 def test_a_run_that_did_not_do_what_its_ledger_says_fails(place, capsys, tmp_path):
     """The noise of run.json is another one than was charged."""
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(place / "run", copy)
     info = json.loads((copy / "run.json").read_text())
@@ -155,3 +154,35 @@ def test_what_a_person_sees(place, capsys):
     assert [line.split()[0] for line in lines[1:]] == ["passed"] * 4
     assert "shown" in lines[3] and "claimed" in lines[3]
     assert law.COORDINATES == 1_000_000
+
+
+def test_records_of_others_are_refused(place, capsys, tmp_path):
+    """By the counts that the run paid for; what needs no records is written all the same, and says nothing of them."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    others, _ = write_tiny(tmp_path, 4000)
+    out = tmp_path / "records.json"
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "audit.json"}
+    code, printed, errors = audit(
+        capsys, tmp_path / "run", "--data", others, "--out-records", out, "--runs", 1
+    )
+    assert code == 2 and not printed and not out.exists()
+    (line,) = [line for line in errors.splitlines() if line.startswith("synthward: error")]
+    assert f"{others}: are not the records of {tmp_path / 'run'}: " in line and "was fitted to" in line
+    assert not any(letter.isdigit() for letter in line.split(f"{tmp_path / 'run'}: ")[1])
+    written = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert [check["name"] for check in written["checks"]] == WHITE_BOX
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "audit.json"}
+    assert after == before
+
+
+def test_records_of_others_are_refused_where_none_were_held_out(capsys, tmp_path):
+    from synthward.run import FitOptions, fit_run
+    from synthward.schema import load_schema
+
+    data, schema = write_tiny(tmp_path, 60)
+    options = FitOptions(accountant=ACCOUNTANT, steps=2, holdout=0.0, settings={"hidden": 8})
+    fit_run(data, load_schema(schema), epsilon=3.0, delta=1e-5, out=tmp_path / "run", options=options)
+    assert audit(capsys, tmp_path / "run", "--data", data)[0] == 0
+    write_tiny(tmp_path, 3000)
+    code, _, errors = audit(capsys, tmp_path / "run", "--data", data)
+    assert code == 2 and "are not the records of" in errors

@@ -6,7 +6,7 @@ import pytest
 from synthward.data import Records
 from synthward.data.records import IngestReport
 from synthward.encoding import TableEncoder
-from synthward.encoding.encoder import _histograms
+from synthward.encoding.encoder import histograms_of
 from synthward.schema import load_schema
 
 SCHEMA = """
@@ -78,15 +78,15 @@ def test_a_unit_moves_the_query_by_no_more_than_declared(schema, count):
     without = with_unit.select_units(np.array([True, True, False]))
     queries = ExactQueries()
     TableEncoder.fit(with_unit, queries, 1.0)
-    moved = np.concatenate(_histograms(with_unit)) - np.concatenate(_histograms(without))
+    moved = np.concatenate(histograms_of(with_unit)) - np.concatenate(histograms_of(without))
     declared = queries.asked[0][1]
     assert np.linalg.norm(moved) <= declared * (1 + 1e-12)
     # The bound is met, so that a smaller declaration would be caught by this test.
     same = make_records(schema, [1, count])
     for values in same.columns.values():
         values[1:] = 1
-    worst = np.concatenate(_histograms(same)) - np.concatenate(
-        _histograms(same.select_units(np.array([True, False])))
+    worst = np.concatenate(histograms_of(same)) - np.concatenate(
+        histograms_of(same.select_units(np.array([True, False])))
     )
     if count >= 2:
         assert np.linalg.norm(worst) == pytest.approx(declared)

@@ -14,8 +14,9 @@ from synthward.audit.membership import membership_attacks
 from synthward.audit.onerun import CANARIES, OneRun, audit_canaries, audit_split, draw_cohort
 from synthward.audit.whitebox import SIGNIFICANCE, Check, audit_step
 from synthward.data import read_records, split_records
+from synthward.encoding.compare import may_be_of
 from synthward.engine import KeySchedule, Ledger, PrivacyPlan
-from synthward.engine.errors import ConfigError, OutputError
+from synthward.engine.errors import ConfigError, DataError, OutputError
 from synthward.run import RunFolder
 from synthward.run.folder import write_atomic
 from synthward.run.mechanism import Mechanism
@@ -43,6 +44,7 @@ def audit_run(
 
     Raises:
         ConfigError: options that do not fit each other. OutputError: `records_out` exists or is in the run folder.
+        DataError: `data` are not the records of the run (`may_be_of`); what needs none is written before.
     """
     say = progress or (lambda stage: None)
     if data is None and (runs or records_out is not None):
@@ -116,8 +118,14 @@ def _audit_records(
     split = info["holdout"]
     if split["fraction"]:
         train, others = split_records(train, holdout_fraction=split["fraction"], salt=split["salt"])
+    encoder = folder.load_encoder()
+    if not may_be_of(encoder, train, info["query_noise_multiplier"]):
+        raise DataError(
+            f"{data}: are not the records of {folder.path}: its noisy counts are further from theirs than its noise "
+            "goes; give the records that the run was fitted to"
+        )
+    if split["fraction"]:
         say("samples")
-        encoder = folder.load_encoder()
         cohort = draw_cohort(schema, encoder, folder.load_generator(encoder), rng)
         say("membership inference")
         for attack in membership_attacks(train, others, cohort, rng):

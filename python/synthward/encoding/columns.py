@@ -14,6 +14,8 @@ STANDALONE_DEVIATIONS = 6.0
 # Below this many deviations a noisy count of a nominal level is more likely noise than records.
 LEAF_DEVIATIONS = 2.0
 SCORE_LIMIT = 4.0
+# Keeps the transform of a continuous column invertible where its histogram says nothing: a share, spread over all bins.
+SHARE_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ class ContinuousCoder:
         weights = np.where(counts > LEAF_DEVIATIONS * noise_std, counts, 0.0)
         if weights.sum() <= 0:
             weights = np.ones_like(weights)
-        # A floor keeps the transform invertible where the histogram says nothing.
-        weights = weights / weights.sum() + 1e-6 / len(weights)
+        weights = weights / weights.sum() + SHARE_FLOOR / len(weights)
         cdf = np.concatenate([[0.0], np.cumsum(weights)])
         return cls(name, np.linspace(minimum, maximum, len(weights) + 1), cdf / cdf[-1])
 

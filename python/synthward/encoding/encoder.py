@@ -57,7 +57,7 @@ class TableEncoder:
         Each unit adds a vector of total weight at most 1 to each of H histograms, so its L2 contribution to
         their concatenation is at most sqrt(H): that is the declared sensitivity.
         """
-        histograms = _histograms(records)
+        histograms = histograms_of(records)
         sensitivity = math.sqrt(len(histograms))
         sizes = [len(h) for h in histograms]
         noisy = queries.gaussian_vector(
@@ -233,7 +233,7 @@ def _bounds(column: Column) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _histograms(records: Records) -> list[np.ndarray]:
+def histograms_of(records: Records) -> list[np.ndarray]:
     """Weighted histograms of all columns, of records per unit, and the unit count; one list entry each."""
     per_unit = np.diff(records.unit_offsets)
     share = np.minimum(1.0, RECORDS_IN_FULL / np.maximum(per_unit, 1)) / RECORDS_IN_FULL
