@@ -21,7 +21,8 @@ logger = logging.getLogger("synthward")
 # Recorded passes at once; each has memory of its own on a GPU.
 _MOST_SHAPES = 8
 
-Run = Callable[..., Tensor]
+# Gives losses and squared norms, as `TracedPass.graph`.
+Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,20 @@ class _Recorded:
     run: Run | None = None
     graph: _CudaGraph | None = None
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self.calls, self.traced, self.run, self.graph = 0, None, None, None
+
 
 class CompiledPass:
     """What `PrivateTrainer.compile` returns: called with a batch, it gives losses [U], detached, and adds the clipped
     gradients to the step, as `capture` and `backward` do.
 
-    The first two passes over batches of a form (shapes, dtypes, device, autocast, training mode), and the 4th, 8th,
-    16th, ... are run as they are and looked at. The third is traced by its shapes; from then on the recorded operations
-    run, on a GPU as one CUDA graph from the second time on. What the losses compute in Python is that of the trace.
+    The first two passes over batches of a form (shapes, strides, dtypes, device, autocast, training mode), and the 4th,
+    8th, 16th, ... are run as they are and looked at. The third is traced by its shapes; from then on the recorded
+    operations run, on a GPU as one CUDA graph from the second time on. What the losses compute in Python is that of the
+    trace. Where the module holds another tensor than was recorded (a buffer or an attribute was replaced, or its
+    memory), passes are counted and recorded anew.
 
     Guarantees: the same units, norms, factors and sums as of the pass that was traced, with all its checks; no noise
         is recorded: it comes with `apply`, once a step.
@@ -74,7 +81,7 @@ class CompiledPass:
         self._step, self._losses_of, self._as_it_is, self._fixed = step, losses_of, as_it_is, tuple(fixed)
         self._rows_per_unit, self._scale, self._fuse = rows_per_unit, 1.0 / loss_scale, fuse
         self._recorded: dict[Any, _Recorded] = {}
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def __call__(
         self,
@@ -106,6 +113,11 @@ class CompiledPass:
         recorded = self._of(given, units)
         if recorded is None:
             return self._as_it_is(given)
+        if recorded.traced is not None and not recorded.traced.is_current():
+            self._warn(
+                "the module holds other tensors than were recorded, so that its passes are recorded anew"
+            )
+            recorded.forget()
         recorded.calls += 1
         # Powers of two, as passes are probed: a path that a gate closes at first may open at any time.
         if recorded.calls & (recorded.calls - 1) == 0:
@@ -113,14 +125,16 @@ class CompiledPass:
         try:
             return self._replay(recorded, given, units)
         except BaseException:
-            self._step.discard()
+            self._step.is_broken = True
+            self._step.drop()
             raise
 
     def _of(self, given: Given, units: int) -> _Recorded | None:
         device, module = self._step.flat.device.type, self._step.module
         key = (
             units,
-            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in given.batch),
+            # Strides, since what is contiguous is copied nowhere in a trace.
+            tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in given.batch),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             tuple(layer.training for layer in module.modules()),
             tuple((id(p), p.requires_grad) for p in module.parameters()),
@@ -128,23 +142,25 @@ class CompiledPass:
         )
         if key not in self._recorded:
             if len(self._recorded) >= _MOST_SHAPES:
-                if not self._has_warned:
-                    logger.warning(
-                        "compile: batches of more than %d forms; further ones run as they are. Pad physical batches to "
-                        "one shape",
-                        _MOST_SHAPES,
-                    )
-                self._has_warned = True
+                self._warn(
+                    f"batches of more than {_MOST_SHAPES} forms; further ones run as they are. Pad physical batches to "
+                    "one shape"
+                )
                 return None
             self._recorded[key] = _Recorded()
         return self._recorded[key]
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            logger.warning("compile: %s", what)
+        self._warned.add(what)
 
     def _replay(self, recorded: _Recorded, given: Given, units: int) -> Tensor:
         step = self._step
         mask = self._mask(given.unit_mask, units)
         inputs = given.batch
         if given.offsets is not None:
-            inputs = (given.offsets.to(step.flat.device, non_blocking=True), *inputs)
+            inputs = (given.offsets.contiguous().to(step.flat.device, non_blocking=True), *inputs)
         step.flat.check_unchanged(allow_frozen=True)
         step.flat.check_in_place()
         # Forward pass and norms are one graph: both without TF32.
@@ -161,7 +177,7 @@ class CompiledPass:
                 if recorded.graph is not None:
                     losses = recorded.graph.replay(mask, inputs)
                 else:
-                    losses = recorded.run(*constants, step.sums.flat, mask, *inputs)
+                    losses, _ = recorded.run(*constants, step.sums.flat, mask, *inputs)
         for position in range(len(step.sums.shapes)):
             step.sums.done(position)
         step.sums.end_pass()
@@ -220,7 +236,7 @@ class _CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (those that pin memory) may go on.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._losses = run(*constants, flat, *self._inputs)
+            self._losses, _ = run(*constants, flat, *self._inputs)
 
     def replay(self, mask: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         for own, given in zip(self._inputs, (mask, *inputs), strict=True):

@@ -293,6 +293,10 @@ class Contributions:
         # A little less than this pass allows, which covers what may differ in a repetition on a device.
         return [(factors * (1.0 - _REPEATED), is_bad) for factors, is_bad in found]
 
+    def sq_norms(self) -> Tensor:
+        """Squared norms of a finished pass, float32 [groups, U]."""
+        return torch.stack([group.sq_norms for group in self._states if group.sq_norms is not None])
+
     def _measure_rest(self) -> None:
         while self._waiting:
             items = _added_up(self._connected(next(iter(self._waiting))))

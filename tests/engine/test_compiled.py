@@ -269,6 +269,10 @@ class Picks(nn.Linear):
         (lambda: Peeks(4, 2), "looks at a tensor's numbers"),
         (lambda: Keeps(4, 2), "Keeps keeps a tensor"),
         (lambda: Picks(4, 2), "rows are picked by what the data say"),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)), nn.Linear(2, 2)),
+            "a weight is computed from one parameter alone",
+        ),
     ],
 )
 def test_what_can_not_be_recorded_is_refused_and_nothing_is_lost(make, what):

@@ -6,6 +6,8 @@ from tests.privacy.mutants import Mutant
 
 RECORDED = "tests/privacy/test_recorded.py::"
 COMPILED = "tests/engine/test_compiled.py::"
+READS = "tests/privacy/test_recorded_reads.py::"
+FUSED = "tests/engine/test_fused.py::"
 
 RECORDINGS = [
     Mutant(
@@ -25,9 +27,75 @@ RECORDINGS = [
     Mutant(
         "a recording holds on to the batch that it was made with",
         "engine/tracing.py",
-        "if id(value) not in own and value.dim():",
+        "if id(value) not in own and not is_number:",
         "if False:",
         (COMPILED + "test_a_batch_that_is_no_argument_is_refused",),
+    ),
+    Mutant(
+        "any number of the batch passes for one that the losses write down",
+        "engine/tracing.py",
+        "is_number = value.dim() == 0 and all(user.target in _FRESH for user in node.users)",
+        "is_number = value.dim() == 0",
+        (READS + "test_a_number_of_the_batch_that_is_no_argument_is_refused",),
+    ),
+    Mutant(
+        "one tensor that is given twice is one argument from then on",
+        "engine/tracing.py",
+        "own_inputs = [tensor.detach() for tensor in (mask, *inputs)]",
+        "own_inputs = [mask, *inputs]",
+        (
+            READS + "test_a_mask_that_was_an_argument_too_still_leaves_units_out",
+            READS + "test_one_tensor_that_stood_for_two_arguments",
+        ),
+    ),
+    Mutant(
+        "what the module holds now is not compared with what was recorded",
+        "engine/compiled.py",
+        "if recorded.traced is not None and not recorded.traced.is_current():",
+        "if False:",
+        (READS + "test_what_the_module_holds_is_read_as_it_is_now[replaced-False]",),
+    ),
+    Mutant(
+        "an attribute that was replaced passes for the one that was recorded",
+        "engine/tracing.py",
+        "holder.get(name) is self.source for holder, name in self.places",
+        "True for holder, name in self.places",
+        (READS + "test_what_the_module_holds_is_read_as_it_is_now[replaced-False]",),
+    ),
+    Mutant(
+        "memory that was replaced passes for what was recorded",
+        "engine/tracing.py",
+        "return self.source.is_set_to(self.value) and all(",
+        "return all(",
+        (READS + "test_what_the_module_holds_is_read_as_it_is_now[moved-True]",),
+    ),
+    Mutant(
+        "a trace reads numbers of the module",
+        "engine/tracing.py",
+        "if torch.Tag.data_dependent_output in func.tags:",
+        "if False:",
+        (READS + "test_numbers_of_the_module_are_not_looked_at_either[item]",),
+    ),
+    Mutant(
+        "strides of a batch are no part of its form",
+        "engine/compiled.py",
+        "(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)",
+        "(tensor.shape, tensor.dtype, tensor.device)",
+        (READS + "test_batches_of_other_strides_are_another_form[many rows]",),
+    ),
+    Mutant(
+        "a fused pass is compared on padding",
+        "engine/fusing.py",
+        "args[flat_at + 1].fill_(True)",
+        "pass",
+        (FUSED + "test_a_batch_of_padding_shows_what_a_compiler_did",),
+    ),
+    Mutant(
+        "norms of a fused pass are not compared",
+        "engine/fusing.py",
+        "is_close = (norms[1] - norms[0]).abs() <= _CLOSE_NORM * norms[0]",
+        "is_close = norms[0].isfinite()",
+        (FUSED + "test_norms_are_compared_also_where_no_unit_is_clipped",),
     ),
     Mutant(
         "rows that the data arrange are recorded",
