@@ -145,7 +145,8 @@ def test_some_kernels_are_right_and_what_is_written_fits_the_schema(tmp_path):
     done = run("--small", "--sections", "correctness,kernels", "--only", "scale_rows", "--out", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     content = read(file)
-    assert content["versions"]["torch"] == torch.__version__ and content["tf32"] is False
+    # What is installed may leave out what it was built for.
+    assert torch.__version__.startswith(content["versions"]["torch"]) and content["tf32"] is False
     assert list(content["sections"]["kernels"]["rows"]) == ["scale_rows float32 1", "scale_rows bfloat16 1"]
     with pytest.raises(AssertionError, match="is no"):
         check({**content, "command": 1}, json.loads(SCHEMA.read_text()), json.loads(SCHEMA.read_text()))
