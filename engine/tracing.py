@@ -192,12 +192,12 @@ class _Unread(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Untouched(TorchDispatchMode):
+class _Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tensors that have numbers, which are those of the module and of others: a trace reads none of them, and what it
     writes there is taken back (torch does both where all arguments of an operation have numbers)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(

@@ -15,7 +15,7 @@ from synthward import _C
 from synthward.kernels import _check
 from synthward.kernels._select import Backend, choose, maybe_view, threads, view, written
 from synthward.kernels.outer import library
-from synthward.kernels.outer.reference import in_bf16, scale_rows
+from synthward.kernels.outer.reference import in_bf16, row_squares, scale_rows
 
 Method = Literal["gram", "tile"]
 
@@ -57,6 +57,7 @@ def rank1_norms(
     """Norms where every row is a unit: adds ``|a_n|^2 |g_n|^2`` to `sq_norms` and ``|a_n| |g_n|`` to `row_sums`.
 
     activations [N, d], output_grads [N, p]; sq_norms and row_sums float32 [N]. Returns ``|g_n|^2``, float32 [N].
+    Activations of bfloat16 whose norm is above 2^64 count as infinite (`reference.LARGEST_SQUARE`).
     """
     _check.matrix(activations, "activations")
     _check.matrix(output_grads, "output_grads")
@@ -77,7 +78,7 @@ def rank1_norms(
     if chosen == "shapes":
         return torch.empty_like(sq_norms)
     squares = output_grads.double().square().sum(1)
-    product = squares * activations.double().square().sum(1)
+    product = squares * row_squares(activations)
     sq_norms += product.float()
     row_sums += product.sqrt().float()
     return squares.float()
@@ -97,7 +98,8 @@ def outer_norms(
     """Add each unit's ``||sum_n g_n a_n^T||^2`` to `sq_norms` and ``sum_n |a_n| |g_n|`` to `row_sums`.
 
     Args:
-        activations: [N, d], rows unit by unit.
+        activations: [N, d], rows unit by unit. Those of bfloat16 whose norm is above 2^64 count as infinite in
+            `row_sums` (`reference.LARGEST_SQUARE`).
         output_grads: [N, p].
         offsets: int64 [U + 1].
         sq_norms: float32 [U].
@@ -133,7 +135,7 @@ def outer_norms(
         written(sq_norms, row_sums)
         return
     # In double, where the products of single precision neither vanish nor overflow.
-    rows = activations.double().norm(dim=1) * output_grads.double().norm(dim=1)
+    rows = row_squares(activations).sqrt() * output_grads.double().norm(dim=1)
     for unit, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         a, g = activations[first:last].double(), output_grads[first:last].double()
         found = ((a @ a.mT) * (g @ g.mT)).sum() if method == "gram" else (g.mT @ a).square().sum()

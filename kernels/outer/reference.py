@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Beyond this square a row of bfloat16 activations counts as infinite: what bfloat16 can not hold of a scaled row of
+# gradients (2^-134 for each of them) would not be small beside a clipping bound after the product with it.
+LARGEST_SQUARE = 2.0**128
+
+
+def row_squares(activations: Tensor) -> Tensor:
+    """Squared norms of rows [N, d] of activations, float64 [N]."""
+    squares = activations.double().square().sum(1)
+    if activations.dtype != torch.bfloat16:
+        return squares
+    return torch.where(squares > LARGEST_SQUARE, torch.inf, squares)
+
 
 def unit_sq_norm(activations: Tensor, output_grads: Tensor) -> Tensor:
     """``||g^T a||_F^2`` of the rows of one unit (or of each of a batch of units), float64.

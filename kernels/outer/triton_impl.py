@@ -26,6 +26,7 @@ from synthward.kernels._triton import (
     slot_rows,
     slots,
 )
+from synthward.kernels.outer.reference import LARGEST_SQUARE
 from synthward.kernels.outer.triton_sum import half_or_single
 from synthward.kernels.outer.triton_sum import outer_sum as outer_sum
 from synthward.kernels.outer.triton_sum import scale_rows as scale_rows
@@ -60,6 +61,8 @@ def gram_blocks(bytes_each: int, rows: int, units: int) -> Blocks:
     return Blocks(32, 32, size, 8 if size == 64 else 4, 3)
 
 
+# See `LARGEST_SQUARE`.
+_LARGEST = tl.constexpr(LARGEST_SQUARE)
 # What an inner product of n terms may lose to underflow is below n times this (flushed to zero, or denormal).
 _TINY = 2.0**-126
 
@@ -92,7 +95,10 @@ def _rank1_kernel(
     n = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     inside = n < rows
     of_g = _row_squares(g_ptr, n, inside, p, BR, BK)
-    product = _row_squares(a_ptr, n, inside, d, BR, BK) * of_g
+    of_a = _row_squares(a_ptr, n, inside, d, BR, BK)
+    if a_ptr.dtype.element_ty == tl.bfloat16:
+        of_a = tl.where(of_a > _LARGEST, float("inf"), of_a)
+    product = of_a * of_g
     if products_ptr is not None:
         before = tl.load(products_ptr + n, mask=inside, other=0.0)
         tl.store(products_ptr + n, before + product.to(tl.float32), mask=inside)

@@ -102,3 +102,20 @@ def test_shapes_follow_from_shapes():
     generous = triton_impl.gradient_blocks(2, 1024, 1024)
     assert (generous.p, generous.d, generous.warps) == (128, 128, 8)
     assert triton_impl.gradient_blocks(2, 5, 1024).d == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", ["rank-1", "gram", "tile"])
+def test_rows_of_bfloat16_beyond_a_size_count_as_infinite(method, dtype):
+    """Of those what bfloat16 can not hold of a scaled gradient would show in the sum."""
+    a, g = torch.ones(6, 4, dtype=dtype), torch.full((6, 3), 2.0**-100, dtype=dtype)
+    a[2, 1], a[4, 3] = 2.0**63, 2.0**65
+    units = 6 if method == "rank-1" else 3
+    found, sums = torch.zeros(2, units, device=DEVICE)
+    if method == "rank-1":
+        triton_impl.rank1_norms(a.to(DEVICE), g.to(DEVICE), found, sums)
+    else:
+        run = triton_impl.gram_norms if method == "gram" else triton_impl.tile_norms
+        run(a.to(DEVICE), g.to(DEVICE), offsets_of([2, 2, 2]).to(DEVICE), found, sums)
+    at = 4 if method == "rank-1" else 2
+    assert sums.isinf().tolist() == [dtype == torch.bfloat16 and unit == at for unit in range(units)]

@@ -29,6 +29,13 @@ PLANNED = TESTS + "test_the_functions_that_the_engine_plans_with_come_here_too"
 
 TRITON = [
     Mutant(
+        "rows of bfloat16 of which a sum would lose much count like others",
+        OUTER,
+        "if a_ptr.dtype.element_ty == tl.bfloat16:",
+        "if False:",
+        ("tests/kernels/test_triton_norms.py::test_rows_of_bfloat16_beyond_a_size_count_as_infinite",),
+    ),
+    Mutant(
         "rank-1: the last block of columns counts in no norm",
         OUTER,
         "mask=inside[:, None] & (col < width), other=0.0).to(tl.float64)",

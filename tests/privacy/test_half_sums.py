@@ -16,6 +16,7 @@ from synthward.engine import PerfSpec
 from synthward.engine.errors import ConfigError
 from synthward.engine.layout import Layout
 from synthward.engine.rules import linear, uses
+from synthward.kernels import planned_device
 from tests.engine.nets import make_trainer
 
 # fp32: sums and the reading of them.
@@ -103,7 +104,7 @@ def test_how_much_a_choice_widens_a_norm():
     rows = torch.zeros(64, 4, dtype=torch.bfloat16)
     single, many = Layout.uniform(64, 1), Layout.uniform(4, 16)
     plain = uses.OuterUse(rows, rows)
-    token = uses.planned_device.set("cuda")
+    token = planned_device.set("cuda")
     try:
         with FakeTensorMode() as mode:
             shapes = uses.OuterUse(mode.from_tensor(rows), mode.from_tensor(rows))
@@ -111,7 +112,7 @@ def test_how_much_a_choice_widens_a_norm():
                 assert shapes.summed(choice, single).terms == of_single
                 assert shapes.summed(choice, many).terms == of_many
     finally:
-        uses.planned_device.reset(token)
+        planned_device.reset(token)
     assert plain.summed("auto", single) is plain, "a CPU multiplies fp32"
     half = uses.OuterUse(rows.half(), rows.half())
     assert half.summed("rounded", single) is half, "fp16 has too few exponents"
@@ -130,7 +131,7 @@ def test_norms_of_few_rows_are_bounded_as_what_takes_them_is():
     rows, few, many = torch.zeros(64, 40), Layout.uniform(8, 8), Layout.uniform(1, 64)
     use = uses.OuterUse(rows, rows)
     assert use.chain(few) == 1
-    token = uses.planned_device.set("cuda")
+    token = planned_device.set("cuda")
     try:
         with FakeTensorMode() as mode:
             shapes = uses.OuterUse(mode.from_tensor(rows), mode.from_tensor(rows))
@@ -138,4 +139,24 @@ def test_norms_of_few_rows_are_bounded_as_what_takes_them_is():
             assert replace(shapes, method="tile").chain(few) == 44
             assert replace(shapes, method="tile").chain(many) == 64
     finally:
-        uses.planned_device.reset(token)
+        planned_device.reset(token)
+
+
+@pytest.mark.parametrize("method", ["gram", "tile"])
+@pytest.mark.parametrize("half_sums", ["exact", "rounded"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_gradients_that_bfloat16_hardly_holds_beside_huge_activations(rows, half_sums, method):
+    """What is lost of a scaled row below 2^-126 would be as large as C after the product: such units do not count."""
+    for step in range(1, 9):
+        a = torch.full((1, rows, 3), 1.5 * 2.0**120)
+        g = torch.full((1, rows, 2), step * 2.0**-133)
+        true = float((g[0].double().T @ a[0].double()).norm())
+        for part in (0.3, 0.51, 0.999):
+            found = released(a, g, part * true, half_sums, method)
+            assert found.double().norm() <= part * true * (1.0 + ROUNDING)
+
+
+def test_large_activations_count_as_long_as_nothing_is_lost():
+    a, g = torch.full((1, 3, 2), 2.0**62), torch.full((1, 3, 2), 2.0**-60)
+    found = released(a, g, 0.5, "rounded")
+    assert 0.49 <= float(found.norm()) <= 0.5 * (1.0 + ROUNDING)
