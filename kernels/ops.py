@@ -2,7 +2,8 @@
 
 Importing this module registers them. Each is the function of its name in `synthward.kernels` with the same shapes and
 errors, and these differences, which a schema asks for: every output is an argument that is written, optional ones too;
-only new tensors are returned; `backend` is any string; the noise key is a tensor.
+only new tensors are returned; `backend` is any string; the noise key is a tensor. Noise and updates take no
+`correlation` and no `bias_variance`: a pass that the engine records ends before them, and noise in a trace is refused.
 
 The key is uint8 [32] in CPU memory and not bytes: a constant would be written into the compiled graph, and with it
 into the compiler's cache on disk. Nothing here has a derivative.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 
 import pytest
@@ -83,6 +84,25 @@ def test_an_op_does_what_it_declares(name, backend):
     arguments = tuple(x.clone() if isinstance(x, Tensor) else x for x in CALLS[name])
     options = {} if name == "new_output" else {"backend": backend}
     opcheck(getattr(torch.ops.synthward, name).default, arguments, options)
+
+
+# What ops of noise do not take.
+WITHOUT = {
+    "add_gaussian_noise_": {"correlation"},
+    "noisy_adam_": {"correlation", "bias_variance", "min_second_moment"},
+    "noisy_sgd_": {"correlation"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "new_output"])
+def test_what_no_op_takes_is_no_part_of_a_recorded_pass(name):
+    """Of updates and noise, which are refused in a trace; all others take what their functions take."""
+    function = getattr(kernels, name)
+    given = set(inspect.signature(getattr(ops, name)._init_fn).parameters)
+    left_out = set(inspect.signature(function).parameters) - given
+    assert left_out == WITHOUT.get(name, set())
+    if name in WITHOUT:
+        assert not hasattr(function, "__wrapped__"), "it would be written into the graph of a recorded pass"
 
 
 def private_step(
