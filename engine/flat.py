@@ -109,6 +109,12 @@ class Spans:
     def __iter__(self) -> Iterator[Span]:
         return iter(self.spans)
 
+    def untrained(self) -> list[Tensor]:
+        """The memory of frozen parameters and of buffers. Ranks that began with other values of them would each add up
+        gradients of another network."""
+        frozen = [p for p in self.module.parameters() if id(p) not in self.positions]
+        return [_bytes_of(value.detach()) for value in (*frozen, *self.module.buffers())]
+
     def check_unchanged(self, *, allow_frozen: bool) -> None:
         """`PrivacyError` when the module's trainable parameters are not those that were wrapped."""
         for name, parameter in self.module.named_parameters():
@@ -177,9 +183,7 @@ class FlatParameters(Spans):
                 view.copy_(span.parameter)
             span.parameter.data = view
             span.parameter.grad = None
-        # Ranks that began with other values of what is not trained would each add up gradients of another network.
-        frozen = [_bytes_of(p.detach()) for p in module.parameters() if id(p) not in self.positions]
-        copy_from_main(self.ranks, [self.data, *frozen, *module.buffers()])
+        copy_from_main(self.ranks, [self.data, *self.untrained()])
         self._gatherer = gatherer(self._buckets, self.device)
         self.note_places()
         self._lengths = [stop - start for start, stop in self._buckets.owned]

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from synthward.engine.capture import Batch, current_task
 from synthward.engine.compilers import check_uncompiled
-from synthward.engine.distributed.exchange import sum_over
+from synthward.engine.distributed.agreement import check_apart
 from synthward.engine.errors import BudgetExceededError, ConfigError, PrivacyError
 from synthward.engine.layout import Layout
 from synthward.engine.loader import Draw, PoissonLoader
@@ -105,6 +105,8 @@ class PrivateSession:
         self._rows_seen = 0
         self._forwards_seen: set[int] = set()
         self._units_seen: set[int] = set()
+        # Whether rows without ids took part.
+        self._has_nameless = False
 
     def _install(self) -> None:
         # Functions, not bound methods: a deep copy of the module (an EMA, say) must not copy the session.
@@ -114,12 +116,14 @@ class PrivateSession:
             owner = session()
             if owner is not None and module is owner.core.module:
                 check_uncompiled()
-                owner._enter(args, kwargs)
+                with owner.core.passing():
+                    owner._enter(args, kwargs)
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             owner = session()
             if owner is not None and module is owner.core.module:
-                owner._leave(output)
+                with owner.core.passing():
+                    owner._leave(output)
 
         def finish(anchor: Tensor) -> None:
             owner = session()
@@ -180,6 +184,8 @@ class PrivateSession:
             return
         context, self._open = self._open, None
         state = self.core.state
+        # torch calls this hook from where it has caught what the forward pass raised.
+        self.core.is_broken |= output is None and sys.exc_info()[1] is not None
         forward, layout = self._forwards[state.forward], state.batches[state.forward].layout
         try:
             context.__exit__(None, None, None)
@@ -207,7 +213,7 @@ class PrivateSession:
         self.core.state.batches.pop(index, None)
         self.core.state.consume([index])
         self.core.state.forget_calls()
-        self.discard()
+        self._fail()
         logger.warning(
             "a forward pass was interrupted; what this step had accumulated is dropped, and it begins afresh"
         )
@@ -221,7 +227,7 @@ class PrivateSession:
             self._check_draw(self._check_forwards(found.forwards))
             self.core.finish(found)
         except BaseException:
-            self.discard()
+            self._fail()
             raise
 
     def _check_forwards(self, forwards: set[int]) -> _Forward:
@@ -254,6 +260,7 @@ class PrivateSession:
                 "(`with engine.units(ids):`) to have that refused"
             )
         self._forwards_seen |= forwards
+        self._has_nameless |= first.unit_ids is None and any(info.rows for info in infos)
         if self._units_required and first.unit_ids is None:
             raise PrivacyError(
                 "the loader draws units of several rows; run forward and backward under `with "
@@ -325,20 +332,6 @@ class PrivateSession:
                 "optimizer.step(); multiply the losses of those to leave out by zero"
             )
 
-    def _check_apart(self) -> None:
-        """Of a loader that is each rank's own nothing but ids tells that a unit lies on two of them."""
-        ranks = self.core.ranks
-        if ranks.world_size == 1 or self._loader is not None:
-            return
-        if not bool(sum_over(ranks, torch.tensor(float(bool(self._units_seen)), device=ranks.device))):
-            return
-        everybody = ranks.gather(self._units_seen)
-        if len(set().union(*everybody)) < sum(map(len, everybody)):
-            raise PrivacyError(
-                "a unit takes part on two ranks in one step: it is clipped on each, and counts twice. Give all rows of "
-                "a unit to one rank"
-            )
-
     def _number_of_draw(self) -> int:
         """Of the draw that the loop is at, whether it had rows for this rank or not."""
         draw = self._draw or (None if self._loader is None else self._loader.draw)
@@ -361,7 +354,9 @@ class PrivateSession:
             )
         self.core.check_coverage()
         self._check_whole_draw()
-        self._check_apart()
+        # Of a loader that is each rank's own nothing but ids tells whose rows are where.
+        if self._loader is None:
+            check_apart(self.core.ranks, self._units_seen, has_nameless=self._has_nameless)
         self._charge(self.steps_done)
         # Before the release: if it fails half way, parameters may have moved.
         self.steps_done += 1
@@ -370,7 +365,7 @@ class PrivateSession:
         try:
             self.core.release(step=self.steps_done, draw=self._number_of_draw())
         except BaseException:
-            self.core.discard()
+            self.core.restart()
             raise
         finally:
             self._forwards.clear()
@@ -380,8 +375,17 @@ class PrivateSession:
 
     def discard(self) -> None:
         """Drop what was accumulated in the step under way (as `zero_grad` does)."""
-        self.core.discard()
-        self._rows_seen = 0
+        self.core.discard(is_between=True)
+        self._forget_seen()
+
+    def _fail(self) -> None:
+        """A pass failed: what this rank has of the step is dropped, and all others have to drop theirs."""
+        self.core.is_broken = True
+        self.core.drop()
+        self._forget_seen()
+
+    def _forget_seen(self) -> None:
+        self._rows_seen, self._has_nameless = 0, False
         self._forwards_seen.clear()
         self._units_seen.clear()
 

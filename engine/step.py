@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -53,11 +53,12 @@ class DPStep:
         perf: PerfSpec | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        check_modules(module)
-        take_out(module)
-        noise.check(clip)
-        keep_freed_memory()
         self.ranks = Ranks.current() if ranks is None else ranks
+        with self.ranks.as_one():
+            check_modules(module)
+            take_out(module)
+            noise.check(clip)
+        keep_freed_memory()
         self._processes = processes()
         check_agreement(self.ranks, module, optimizer, keys, clip, noise, expected_batch_size)
         self.module, self.optimizer, self.clip, self.noise = module, optimizer, clip, noise
@@ -73,6 +74,12 @@ class DPStep:
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.flat.watch(self.state)
         self.has_sum = self.is_last_pass = False
+        #: Whether a pass of this step failed, so that what other ranks have of the step does not fit to this rank's.
+        self.is_broken = False
+        #: Forward passes in training that no backward pass has ended.
+        self.open: set[int] = set()
+        # How often a step was begun afresh.
+        self._dropped = 0
         self._grad_scale = 1.0 / expected_batch_size
         self.source = NoiseSource(noise, self.flat, keys)
         self.discrete = DiscreteSums(self.flat, clip) if noise.arithmetic == "discrete" else None
@@ -82,9 +89,12 @@ class DPStep:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Forward passes inside are captured."""
+        self._check_awaited()
         self.flat.check_unchanged(allow_frozen=True)
         check_modules(self.module)
         self.state.forward += 1
+        if self.module.training and torch.is_grad_enabled():
+            self.open.add(self.state.forward)
         self.state.rows_hint, self.state.forward_bytes, self.state.is_paused = None, 0, False
         self.state.provenance.begin(self.module)
         assert self.state.mode is not None
@@ -94,6 +104,15 @@ class DPStep:
                 yield
         finally:
             self.state.provenance.clear()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Around parts of a pass: if one fails, a step of several ranks waits until all have dropped it."""
+        try:
+            yield
+        except BaseException:
+            self.is_broken = True
+            raise
 
     def start_pass(
         self,
@@ -124,7 +143,9 @@ class DPStep:
         self.has_sum = True
         if contributions is None:
             self.sums.begin_pass(is_last=self.is_last_pass)
+            self.open.clear()
         else:
+            self.open -= contributions.forwards
             with torch.no_grad():
                 contributions.finish()
             contributions.check_finished()
@@ -142,7 +163,7 @@ class DPStep:
 
         Raises:
             PrivacyError: a parameter was added, frozen or moved, or has a gradient that came past the engine; ranks
-                are not at the same step, draw or noise.
+                are not at the same step, draw or noise, or a pass failed on one of them.
         """
         self.check_coverage()
         if self.ranks.world_size == 1 and processes() > self._processes:
@@ -160,7 +181,7 @@ class DPStep:
             "noise (step)": place,
         }
         marks |= {"clipping bound": bound, "noise (standard deviation)": std}
-        self.sums.complete(lambda: check_in_step(self.ranks, marks))
+        self.sums.complete(lambda: self._agree(marks))
         if self.quantile is not None:
             self.quantile.complete(self.ranks, self.flat.device)
             self.quantile.tap(is_private=self._is_private)
@@ -178,7 +199,36 @@ class DPStep:
                 self.discrete.finish()
         self.source.close()
         torch.autograd.graph.increment_version([span.parameter for span in self.flat])
-        self.has_sum = False
+        self.has_sum = self.is_broken = False
+        self.open.clear()
+
+    def _agree(self, marks: Mapping[str, int | float]) -> None:
+        """All ranks are at the same marks, and none has lost a pass of this step: what its loop left out because of one
+        unit's rows would be other units' contributions."""
+        lost = {
+            "number of failed passes": int(self.is_broken),
+            "number of forward passes in training without a backward pass": len(self.open),
+            "number of dropped steps": self._dropped,
+        }
+        check_in_step(self.ranks, {**marks, **lost})
+        if self.is_broken and self.ranks.world_size > 1:
+            raise PrivacyError(
+                "a pass of this step failed and the loop went on; drop the step on all ranks (PrivateTrainer.discard, "
+                "zero_grad of the private optimizer) and begin it afresh"
+            )
+
+    @property
+    def _is_exchanged(self) -> bool:
+        """Whether ranks wait for each other in each pass."""
+        return isinstance(self.flat, ShardedParameters) and self.ranks.world_size > 1
+
+    def _check_awaited(self) -> None:
+        """A rank that others wait for in a pass that failed here ends, so that they notice."""
+        if self.is_broken and self._is_exchanged:
+            raise PrivacyError(
+                "a pass failed and the loop went on, while other ranks wait for this one in theirs (sharded parameters "
+                "are exchanged in each pass); end all processes and resume from the last checkpoint"
+            )
 
     def _sensitivity(self) -> float:
         """L2 change of the sum when one unit is added or removed, rounding to a grid included."""
@@ -199,13 +249,30 @@ class DPStep:
         self.noise, self._grad_scale = noise, 1.0 / expected_batch_size
 
     def check_coverage(self) -> None:
-        """Every trainable parameter is tracked, in place, and has no gradient of its own."""
+        """Every trainable parameter is tracked, in place, and has no gradient of its own; nobody waits for this."""
+        self._check_awaited()
         self.state.check_unspoilt()
         self.flat.check_unchanged(allow_frozen=False)
         self.flat.check_in_place()
 
-    def discard(self) -> None:
-        """Drop what was accumulated since the last release."""
+    def discard(self, *, is_between: bool = False) -> None:
+        """Begin the logical step afresh; where ranks train together, all of them. `is_between`: the backward pass of
+        the last forward pass may be still to come."""
+        to_come = self.open & {self.state.forward} if is_between else set()
+        is_new = self.has_sum or self.is_broken or self.open != to_come
+        self.drop()
+        # Not where that is refused.
+        self.open, self._dropped = to_come, self._dropped + is_new
+        self.is_broken = self.is_broken and self._is_exchanged
+
+    def restart(self) -> None:
+        """Begin the logical step afresh where all ranks do, since its release was refused on all of them."""
+        self.drop()
+        self.is_broken, self._dropped = self.is_broken and self._is_exchanged, 0
+        self.open.clear()
+
+    def drop(self) -> None:
+        """Forget what was accumulated since the last release."""
         is_spoilt = self.state.abandon()
         if self.quantile is not None:
             self.quantile.discard()

@@ -104,7 +104,7 @@ class PrivateTrainer:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Forward passes of the module inside this context are captured."""
-        with self._step.capture():
+        with self._step.passing(), self._step.capture():
             yield
 
     def backward(
@@ -209,33 +209,34 @@ class PrivateTrainer:
         is_due: bool = False,
     ) -> None:
         """One backward pass; `is_due`: it is looked at for units that mix, whatever came before."""
-        state = self._step.state
-        layout = self._layout(losses, rows_per_unit, offsets)
-        if unit_mask is not None and (unit_mask.dtype != torch.bool or unit_mask.shape != losses.shape):
-            raise ConfigError(f"unit_mask: expected bool [{len(losses)}]")
-        check_positive(loss_scale, "loss_scale")
-        self._step.is_last_pass = is_last
-        try:
-            if layout.num_units and not losses.requires_grad:
-                raise PrivacyError(
-                    "the losses do not depend on any parameter through captured calls; run the forward "
-                    "pass under `with trainer.capture():`"
-                )
-            if layout.num_units or isinstance(self._step.flat, ShardedParameters):
-                # What torch.autograd.grad left behind in the forward pass is no part of this one.
-                state.abandon()
-                state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)
-                self._probe.check(losses, _unit_weights(losses), layout, is_due=is_due)
-                self._backward(losses, loss_scale)
-            else:
-                self._step.finish(None)
-        except BaseException:
-            self._step.discard()
-            raise
-        finally:
-            state.take()
-            state.batch = None
-            state.reset()
+        with self._step.passing():
+            state = self._step.state
+            layout = self._layout(losses, rows_per_unit, offsets)
+            if unit_mask is not None and (unit_mask.dtype != torch.bool or unit_mask.shape != losses.shape):
+                raise ConfigError(f"unit_mask: expected bool [{len(losses)}]")
+            check_positive(loss_scale, "loss_scale")
+            self._step.is_last_pass = is_last
+            try:
+                if layout.num_units and not losses.requires_grad:
+                    raise PrivacyError(
+                        "the losses do not depend on any parameter through captured calls; run the forward "
+                        "pass under `with trainer.capture():`"
+                    )
+                if layout.num_units or isinstance(self._step.flat, ShardedParameters):
+                    # What torch.autograd.grad left behind in the forward pass is no part of this one.
+                    state.abandon()
+                    state.batch = Batch(layout, 1.0 / loss_scale, unit_mask)
+                    self._probe.check(losses, _unit_weights(losses), layout, is_due=is_due)
+                    self._backward(losses, loss_scale)
+                else:
+                    self._step.finish(None)
+            except BaseException:
+                self._step.drop()
+                raise
+            finally:
+                state.take()
+                state.batch = None
+                state.reset()
 
     def _backward(self, losses: Tensor, loss_scale: float) -> None:
         step, state, ones = self._step, self._step.state, torch.full_like(losses, loss_scale)
@@ -273,6 +274,11 @@ class PrivateTrainer:
         self._check_ledger()
         self._step.release(step=self._steps_done)
         self._steps_done += 1
+
+    def discard(self) -> None:
+        """Drop the logical step under way, which then begins afresh. All ranks call it: where a pass failed on one of
+        them, `apply` is refused until they have."""
+        self._step.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters, moments and step counter as a flat dictionary of tensors (copies); no key, no sum. With several

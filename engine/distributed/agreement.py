@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from synthward.engine.distributed.exchange import sum_over
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import PrivacyError
 from synthward.engine.keys import KeySchedule
@@ -28,14 +29,17 @@ def check_agreement(
     if ranks.world_size == 1:
         return
     parameters = [
-        (name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad, str(getattr(p, "placements", "whole")))
+        for name, p in module.named_parameters()
     ]
+    buffers = [(name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
     mine = {
         "key (draw it by KeySchedule.shared)": (keys.key_id, keys.is_private),
         "clipping": repr(clip),
         "noise": repr(noise),
         "expected batch size": expected_batch_size,
         "network (names, shapes and kinds of its parameters)": parameters,
+        "network (names, shapes and types of its buffers)": buffers,
         "optimizer (class, settings, order of its parameters)": _settings(module, optimizer),
     }
     check_same(ranks, mine)
@@ -78,6 +82,30 @@ def check_in_step(ranks: Ranks, marks: Mapping[str, int | float]) -> None:
                 "loop that skips empty batches, an exception that was caught). Every rank takes every batch and every "
                 "step, without rows, too; end all processes and resume from the last checkpoint"
             )
+
+
+def check_apart(ranks: Ranks, units: Set[int], *, has_nameless: bool) -> None:
+    """`PrivacyError`, on all ranks, where a unit takes part in a step on two of them, or may. All ranks take part.
+
+    Args:
+        units: ids of this rank's units.
+        has_nameless: whether rows without ids took part on this rank.
+    """
+    kinds = torch.tensor([float(bool(units)), float(has_nameless)], device=ranks.device)
+    with_ids, without = sum_over(ranks, kinds).tolist()
+    if not with_ids:
+        return
+    if without:
+        raise PrivacyError(
+            "units: some rows of this step have ids and others have none, so that a unit may be among both, and count "
+            "twice. Run all passes of a step, on all ranks, under `with engine.units(ids):`, or none"
+        )
+    everybody = ranks.gather(units)
+    if len(set().union(*everybody)) < sum(map(len, everybody)):
+        raise PrivacyError(
+            "a unit takes part on two ranks in one step: it is clipped on each, and counts twice. Give all rows of "
+            "a unit to one rank"
+        )
 
 
 def _as_integer(mark: int | float) -> int:

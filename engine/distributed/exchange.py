@@ -82,4 +82,7 @@ def copy_from_main(ranks: Ranks, tensors: list[Tensor]) -> None:
         return
     with ranks.exchanging(), torch.no_grad():
         for tensor in tensors:
-            dist.broadcast(tensor, group=ranks.group, group_src=0)
+            sent = tensor.contiguous()
+            dist.broadcast(sent, group=ranks.group, group_src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)

@@ -24,8 +24,9 @@ class SharedLedger:
     """
 
     def __init__(self, ranks: Ranks, ledger: Ledger | None) -> None:
-        if (ledger is not None) != ranks.is_main:
-            raise ConfigError("ledger: give it on rank 0, and None on the others")
+        with ranks.as_one():
+            if (ledger is not None) != ranks.is_main:
+                raise ConfigError("ledger: give it on rank 0, and None on the others")
         self._ranks, self._ledger = ranks, ledger
         # By part: event, first step, number of steps, those that were let pass.
         self._leases: dict[str, tuple[StepsEvent, int, int, int]] = {}
@@ -90,17 +91,24 @@ class SharedLedger:
 
 
 def check_ledger(ranks: Ranks, ledger: object) -> None:
-    """`ConfigError` where ranks would each go by a ledger of their own."""
-    if ranks.world_size > 1 and ledger is not None and not isinstance(ledger, SharedLedger):
+    """`ConfigError` where ranks would each go by a ledger of their own. All ranks take part."""
+    if ranks.world_size == 1:
+        return
+    has_shared = isinstance(ledger, SharedLedger)
+    if any(ranks.gather(ledger is not None and not has_shared)) or not ranks.all_have(has_shared):
         raise ConfigError("ledger: several ranks share one; wrap it by SharedLedger(ranks, ledger or None)")
 
 
 def share_ledger(ranks: Ranks, ledger: Ledger | SharedLedger | None) -> Ledger | SharedLedger | None:
     """The ledger as all ranks use it: rank 0's, if it has one. All ranks take part."""
-    if ranks.world_size == 1 or isinstance(ledger, SharedLedger):
+    if ranks.world_size == 1:
         return ledger
-    if not ranks.broadcast(ledger is not None):
-        if ledger is not None:
-            raise ConfigError("ledger: give it on rank 0, which charges for all")
+    kinds = ranks.gather((ledger is not None, isinstance(ledger, SharedLedger)))
+    if not any(has_one for has_one, _ in kinds):
         return None
-    return SharedLedger(ranks, ledger)
+    if not any(is_shared for _, is_shared in kinds):
+        assert not isinstance(ledger, SharedLedger)
+        return SharedLedger(ranks, ledger)
+    if not all(is_shared for _, is_shared in kinds):
+        raise ConfigError("ledger: some ranks have wrapped it by SharedLedger, others have not")
+    return ledger

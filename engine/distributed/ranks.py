@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -99,6 +99,13 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def members(self) -> list[int]:
+        """Their numbers in torch's default group, by rank."""
+        if self.group is not None:
+            return list(dist.get_process_group_ranks(self.group))
+        return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]
+
+    @property
     def backend(self) -> str | None:
         """ "gloo", "nccl" or "cpu:gloo,cuda:nccl": who exchanges tensors; None for one process."""
         return None if self.group is None else str(dist.get_backend(self.group))
@@ -140,10 +147,32 @@ class Ranks:
         try:
             value = work()
         except BaseException as error:
-            self.broadcast(error if isinstance(error, SynthwardError) else RankLostError(_LOST))
+            self.broadcast(_for_others(error))
             raise
         self.broadcast(_Done(value))
         return value
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Around what each rank does for itself: where one fails, all raise the error of the first that did. All ranks
+        take part; nothing inside is an exchange."""
+        if self.group is None:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        found: list[SynthwardError | None] = [None]
+        with suppress(RankLostError) if own is not None else nullcontext():
+            found = self.gather(None if own is None else _for_others(own))
+        first = next((rank for rank, error in enumerate(found) if error is not None), self.rank)
+        if own is not None and first == self.rank:
+            raise own
+        if (told := found[first]) is not None:
+            told.is_told = True
+            raise told from own
 
     def _follow(self) -> Any:
         found = self.broadcast(None)
@@ -159,7 +188,9 @@ class Ranks:
         if self.group is None:
             return self
         with self.exchanging():
-            group = dist.new_group(timeout=timedelta(seconds=PATIENCE_SECONDS))
+            members, patience = self.members, timedelta(seconds=PATIENCE_SECONDS)
+            is_part = len(members) < dist.get_world_size()
+            group = dist.new_group(members, timeout=patience, use_local_synchronization=is_part)
         return Ranks(group, self._store)
 
     def await_main(self) -> None:
@@ -222,6 +253,11 @@ class _Done:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def _for_others(error: BaseException) -> SynthwardError:
+    """What ranks raise that have no error of their own."""
+    return error if isinstance(error, SynthwardError) else RankLostError(_LOST)
 
 
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:

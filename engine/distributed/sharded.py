@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from synthward.engine.capture import CaptureState
-from synthward.engine.distributed.exchange import Pending, start_reduce_scatter, sum_over
+from synthward.engine.distributed.exchange import Pending, copy_from_main, start_reduce_scatter, sum_over
 from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.errors import ConfigError, UnsupportedOperationError
 from synthward.engine.flat import Piece, Span, Spans
@@ -68,13 +68,17 @@ class ShardedParameters(Spans):
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-        super().__init__(module, optimizer)
         self.ranks = ranks
+        with ranks.as_one():
+            super().__init__(module, optimizer)
+            for span in self.spans:
+                _check_placement(span, ranks)
+        # FSDP spreads nothing but parameters; those that are frozen are put together of all ranks' rows.
+        copy_from_main(ranks, [value for value in self.untrained() if not isinstance(value, DTensor)])
         # FSDP gathers parameters in between, and a rank without rows reduces its sums at another time than the others.
         self._reducing = ranks.apart()
         leave_resizable()
         for span in self.spans:
-            _check_placement(span, ranks)
             span.parameter.grad = None
         self.device = _local(self.spans[0].parameter).device
         self.note_places()
@@ -379,12 +383,13 @@ def _check_placement(span: Span, ranks: Ranks) -> None:
     first, last = _part(rows, ranks)
     if (
         mesh.ndim != 1
-        or mesh.size() != ranks.world_size
+        or mesh.mesh.tolist() != ranks.members
         or tuple(parameter.placements) != (Shard(0),)
         or local.numel() != (last - first) * width
         or not local.is_contiguous()
     ):
         raise UnsupportedOperationError(
             f"parameter {span.name!r} is placed as {tuple(parameter.placements)} on a mesh of "
-            f"{tuple(mesh.shape)}; only fully_shard over all ranks of the run, by the first axis, is supported"
+            f"{tuple(mesh.shape)}, processes {mesh.mesh.tolist()}; only fully_shard over all ranks of the run, "
+            f"{ranks.members} in this order, by the first axis, is supported"
         )

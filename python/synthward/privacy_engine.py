@@ -77,12 +77,14 @@ class PrivacyEngine:
         self, accountant: str = "pld", *, ledger: Ledger | None = None, seed: int | None = None
     ) -> None:
         self.ranks = Ranks.current()
-        if seed is not None and ledger is not None and ledger.is_private:
-            raise ConfigError(
-                "seed: the ledger says that its keys are secret, and noise from a seed is not; leave the seed out, or "
-                "create the ledger with private=False"
-            )
-        self.accountant = Accountant(accountant)
+        with self.ranks.as_one():
+            if seed is not None and ledger is not None and ledger.is_private:
+                raise ConfigError(
+                    "seed: the ledger says that its keys are secret, and noise from a seed is not; leave the seed out, "
+                    "or create the ledger with private=False"
+                )
+            self.accountant = Accountant(accountant)
+        check_same(self.ranks, {"seed, or none": seed})
         self.ledger, self._seed = share_ledger(self.ranks, ledger), seed
         self._sessions: list[PrivateSession] = []
         self._leases: list[_Lease] = []
@@ -153,10 +155,14 @@ class PrivacyEngine:
         Raises:
             ConfigError: an argument that does not fit. UnsupportedOperationError: a layer that mixes rows.
         """
-        sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
-        noise = NoiseSpec(noise_multiplier, strategy, arithmetic)
-        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
+        with self.ranks.as_one():
+            sampling = self._sampling(
+                data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids
+            )
+            sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
+            noise = NoiseSpec(noise_multiplier, strategy, arithmetic)
+            clip = _clip(max_grad_norm, clipping)
+        core = self._core(module, optimizer, clip, noise, sampling, perf)
         return self._open(
             core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, None, grad_scaler
         )
@@ -189,21 +195,25 @@ class PrivacyEngine:
 
         One pass is ``round(period / q)`` steps. The step after the last one raises `BudgetExceededError`.
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ConfigError(f"epochs: got {epochs!r}; give a whole number of at least 1")
-        sampling = self._sampling(data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids)
-        sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
-        per_epoch = max(1, round(period / sampling.sample_rate)) if poisson_sampling else len(data_loader)
-        steps = epochs * per_epoch
-        multiplier = calibrate_noise_of(
-            lambda z: sampling.event(NoiseSpec(z, strategy, arithmetic), steps),
-            target_epsilon,
-            target_delta,
-            self.accountant.kind,
-            other_events=self._spent(),
-        )
-        noise = NoiseSpec(multiplier, strategy, arithmetic)
-        core = self._core(module, optimizer, _clip(max_grad_norm, clipping), noise, sampling, perf)
+        with self.ranks.as_one():
+            if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+                raise ConfigError(f"epochs: got {epochs!r}; give a whole number of at least 1")
+            sampling = self._sampling(
+                data_loader, poisson_sampling, sample_rate, expected_batch_size, unit_ids
+            )
+            sampling = _grouped(sampling, poisson_sampling, strategy, period, max_batch_size, max_units)
+            per_epoch = max(1, round(period / sampling.sample_rate)) if poisson_sampling else len(data_loader)
+            steps = epochs * per_epoch
+            multiplier = calibrate_noise_of(
+                lambda z: sampling.event(NoiseSpec(z, strategy, arithmetic), steps),
+                target_epsilon,
+                target_delta,
+                self.accountant.kind,
+                other_events=self._spent(),
+            )
+            noise = NoiseSpec(multiplier, strategy, arithmetic)
+            clip = _clip(max_grad_norm, clipping)
+        core = self._core(module, optimizer, clip, noise, sampling, perf)
         return self._open(
             core, data_loader, loss_reduction, sampling, poisson_sampling, unit_ids, steps, grad_scaler
         )
@@ -344,12 +354,13 @@ class PrivacyEngine:
         sampling: SamplingSpec,
         perf: PerfSpec | None,
     ) -> DPStep:
-        if perf is not None and perf.keep == "recompute":
-            raise ConfigError(
-                "perf: keep='recompute' needs PrivateTrainer, which runs the second backward pass"
-            )
-        if isinstance(optimizer, PrivateOptimizer):
-            raise ConfigError("optimizer: is private already; give the original torch optimizer")
+        with self.ranks.as_one():
+            if perf is not None and perf.keep == "recompute":
+                raise ConfigError(
+                    "perf: keep='recompute' needs PrivateTrainer, which runs the second backward pass"
+                )
+            if isinstance(optimizer, PrivateOptimizer):
+                raise ConfigError("optimizer: is private already; give the original torch optimizer")
         # Each module has its own keys: two noise streams or two samplers never share words.
         if Ranks.current().world_size != self.ranks.world_size:
             raise ConfigError(
@@ -384,10 +395,11 @@ class PrivacyEngine:
         grad_scaler: torch.amp.GradScaler | None,
     ) -> tuple[nn.Module, PrivateOptimizer, DataLoader[Any]]:
         private_loader, records = None, ""
-        if poisson:
-            ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
-            records = fingerprint(loader.dataset, ids) if self.ranks.world_size > 1 else ""
-            private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids, self.ranks)
+        with self.ranks.as_one():
+            if poisson:
+                ids = None if unit_ids is None else as_unit_ids(unit_ids, rows_of(loader))
+                records = fingerprint(loader.dataset, ids) if self.ranks.world_size > 1 else ""
+                private_loader = PoissonLoader(loader, sampling, self._keys.key("sampler"), ids, self.ranks)
         check_same(
             self.ranks,
             {
@@ -403,15 +415,16 @@ class PrivacyEngine:
         lease = _Lease("" if self.ledger is None else self.ledger.new_part(), event)
         if self.ledger is not None:
             self.ledger.add_key(self._keys.key_id, private=self._keys.is_private, part=lease.part)
-        session = PrivateSession(
-            core,
-            loss_reduction=loss_reduction,
-            loader=private_loader,
-            units_required=unit_ids is not None,
-            charge=lambda step: self._charge(event, step, max_steps, lease),
-            max_steps=max_steps,
-            grad_scaler=grad_scaler,
-        )
+        with self.ranks.as_one():
+            session = PrivateSession(
+                core,
+                loss_reduction=loss_reduction,
+                loader=private_loader,
+                units_required=unit_ids is not None,
+                charge=lambda step: self._charge(event, step, max_steps, lease),
+                max_steps=max_steps,
+                grad_scaler=grad_scaler,
+            )
         self._sessions.append(session)
         self._leases.append(lease)
         return (

@@ -5,6 +5,7 @@ wrong."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -262,6 +263,20 @@ def test_a_patient_is_in_one_physical_batch_of_a_step():
         LOSS(module(x[:3]), y[:3]).backward()
     with pytest.raises(PrivacyError, match="two physical"), engine.units(torch.tensor([3, 2])):
         LOSS(module(x[3:5]), y[3:5]).backward()
+
+
+@pytest.mark.parametrize("ids_first", [True, False])
+def test_ids_in_some_batches_of_a_step_alone_are_refused(ids_first):
+    """A row without one may be of a unit that has its id in the other batch."""
+    engine, module, optimizer, _ = private(poisson_sampling=False)
+    x, y = data().tensors
+    before = [p.detach().clone() for p in module.parameters()]
+    for has_ids in (ids_first, not ids_first):
+        with engine.units(torch.tensor([1, 1, 2])) if has_ids else nullcontext():
+            LOSS(module(x[:3]), y[:3]).backward()
+    with pytest.raises(PrivacyError, match="others have none"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_ids_of_another_length_are_refused():
