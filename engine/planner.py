@@ -12,6 +12,7 @@ from synthward.engine.layout import Layout
 from synthward.engine.rates import Rates, measured_rates
 from synthward.engine.rules.uses import DiagonalUse, OuterUse, ScatterUse, Use, Way
 from synthward.engine.spec import PerfSpec
+from synthward.kernels import place_of
 
 # Of what the forward pass keeps, and so of less than the plain step's peak, what per-unit gradients may take.
 _MATERIALISED_SHARE = 0.1
@@ -84,7 +85,7 @@ class Planner:
     def widen(self, use: Use) -> Use:
         """The use as it is measured and summed: on a CPU rounded values in single precision, for which there are
         compiled kernels; the copy lives for one layer."""
-        if self.perf.keep != "bf16" or use.evidence.device.type != "cpu":
+        if self.perf.keep != "bf16" or place_of(use.evidence) != "cpu":
             return use
         return _converted(use, torch.bfloat16, torch.float32)
 
@@ -118,9 +119,13 @@ class Planner:
             named = [way for way in ways if way.method == self.perf.method]
             if named:
                 return named[0]
-        rates = self._rates or _rates_for(evidence)
+        rates = self._rates_of(evidence)
         fits = [way for way in ways if way.memory <= 0.0 or self._used + way.memory <= self._budget]
         return min(fits or ways[:1], key=lambda way: seconds(way, rates))
+
+    def _rates_of(self, evidence: Tensor) -> Rates:
+        """The rates of operands like this one."""
+        return self._rates or _rates_for(evidence)
 
     def _note(self, position: int, way: Way) -> None:
         self.choices[position] = Choice(self._names[position], way.method, way.flops, way.bytes, way.memory)

@@ -12,6 +12,8 @@ from synthward.kernels._select import cpu_isa as cpu_isa
 from synthward.kernels._select import force_isa as force_isa
 from synthward.kernels._select import is_shape as is_shape
 from synthward.kernels._select import leave_resizable as leave_resizable
+from synthward.kernels._select import place_of as place_of
+from synthward.kernels._select import planned_device as planned_device
 from synthward.kernels._select import uses_triton as uses_triton
 from synthward.kernels._tracing import is_tracing as is_tracing
 from synthward.kernels._tracing import traceable as _traceable

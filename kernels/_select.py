@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,9 @@ Choice = Literal["reference", "cpp", "triton", "shapes"]
 
 _DTYPES_TRITON = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 _log = logging.getLogger("synthward.kernels")
+
+# The kind of device that tensors without numbers stand for, where a step is planned and not run; None for their own.
+planned_device: ContextVar[str | None] = ContextVar("planned_device", default=None)
 
 
 def choose(
@@ -76,6 +80,12 @@ def is_shape(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def place_of(tensor: Tensor) -> str:
+    """Kind of the device that the tensor lies on or, in the plan of a step, stands for."""
+    is_planned = is_shape(tensor) and get_proxy_mode() is None
+    return (planned_device.get() if is_planned else None) or tensor.device.type
+
+
 def uses_triton(*inputs: Tensor | None) -> bool:
     """Whether `auto` runs the Triton kernel of an operation that has one, or would on tensors with numbers."""
     if any(t is not None and is_shape(t) for t in inputs):
@@ -105,7 +115,7 @@ def _fits_triton(
     present = [t for t in (*inputs, *written) if t is not None]
     return (
         all(
-            t.dtype in (*_DTYPES_TRITON, *further) and t.device.type == device and not t.is_neg()
+            t.dtype in (*_DTYPES_TRITON, *further) and place_of(t) == device and not t.is_neg()
             for t in present
         )
         and len({t.device for t in present}) <= 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from synthward.engine.estimate.rehearsal import Rehearsal, Shape
 from synthward.engine.estimate.setting import Device, Setting
-from synthward.engine.planner import Choice, seconds
+from synthward.engine.planner import Choice
 
 _FLOAT = 4
 # Buckets of sums that are exchanged at once, and the most coordinates of one (`synthward.engine.sums`).
@@ -172,11 +172,10 @@ def step_of(shape: Shape, setting: Setting, device: Device, found: Rehearsal, ba
     counts = found.counts
     norm_flops = sum(choice.flops for choice in found.choices)
     norm_bytes = sum(choice.bytes for choice in found.choices)
-    norm_seconds = sum(seconds(choice, device.norm_rates) for choice in found.choices)
     products = counts.flops + found.sum_flops
     owned = -(-shape.total // setting.ranks)
-    exact = found.sum_flops / device.exact_flops + norm_seconds
-    pass_seconds = counts.flops / device.flops + counts.other_bytes / device.bandwidth + exact
+    own_seconds = found.norm_seconds + found.sum_seconds
+    pass_seconds = counts.flops / device.flops + counts.other_bytes / device.bandwidth + own_seconds
     update = float(_UPDATE_BYTES * owned)
     moved = counts.product_bytes + counts.other_bytes + found.sum_bytes + norm_bytes
     exchanged = _exchanged(shape, setting, batches)

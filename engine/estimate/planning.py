@@ -72,8 +72,9 @@ def _largest(total: Callable[[int], int], memory: float, units: int) -> int:
 
 
 def _assumptions(setting: Setting, device: Device) -> list[str]:
+    own = "norms and sums" if device.kind == "cpu" else "norms and sums of fp32 operands"
     told = [
-        f"products at {device.flops / 1e12:.3g} TFLOP/s (norms and sums: {device.exact_flops / 1e12:.3g}), other "
+        f"products at {device.flops / 1e12:.3g} TFLOP/s ({own}: {device.exact_flops / 1e12:.3g}), other "
         f"operations at {device.bandwidth / 1e9:.3g} GB/s of memory traffic, one after the other",
         "Adam; noise in float arithmetic, fresh in each step",
         "a step of average size and a few more; loading and checkpoints take no time",
@@ -88,10 +89,23 @@ def _assumptions(setting: Setting, device: Device) -> list[str]:
             f"ranks exchange at {device.link / 1e9:.3g} GB/s each, and nothing of it is hidden behind computing"
         )
     if setting.precision == "bf16":
-        told.append("bf16 by autocast; what waits for the clip is fp32 unless keep is bf16")
+        told.append(_half_precision(setting, device))
     if setting.offload:
         told.append(
             f"parameters, sums and moments are on the host (CPUOffloadPolicy), which is reached at "
             f"{device.link / 1e9:.3g} GB/s"
         )
     return told
+
+
+def _half_precision(setting: Setting, device: Device) -> str:
+    if setting.perf.keep == "bf16":
+        kept = "in bf16"
+    elif device.kind == "cpu":
+        kept = "in fp32, as a CPU measures it, unless keep is bf16"
+    else:
+        kept = "in bf16 where the network multiplies in it, else in fp32 (keep bf16: all of it)"
+    told = f"bf16 by autocast; what waits for the clip is {kept}"
+    if device.kind == "cpu":
+        return told
+    return f"{told}; what a GPU's autocast copies to fp32 and a CPU's does not (losses, norms) is not counted"

@@ -16,17 +16,21 @@ from synthward.engine.distributed.ranks import Ranks
 from synthward.engine.estimate.meter import Counts, Meter
 from synthward.engine.estimate.setting import Built, Device, Setting, Workload
 from synthward.engine.layout import Layout
-from synthward.engine.planner import Choice, Planner
+from synthward.engine.planner import Choice, Planner, seconds
 from synthward.engine.products import Products
+from synthward.engine.rates import Rates
 from synthward.engine.rules.conv import ConvUse
 from synthward.engine.rules.registry import CHECKS, HANDLERS, HINTS, check_modules
-from synthward.engine.rules.uses import BlockOuterUse, OuterUse, Use, planned_device
+from synthward.engine.rules.uses import BlockOuterUse, OuterUse, Use
 from synthward.engine.step import make_groups
 from synthward.engine.sums import Buckets, FlatSums, new_sums
+from synthward.kernels import place_of, planned_device
 
 # Phases of the meter. What is made in the forward pass waits for the backward pass; what is made in that waits for the
 # clip factors, or is gone at once.
 _DATA, _FORWARD, _BACKWARD, _SUMS = "batch", "activations", "gradients", "clip"
+# Rows of a unit from which most blocks of a weighted sum have one weight (kernels/outer/README.md).
+_ONE_WEIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Rehearsal:
         choices: how the norm of each parameter is taken.
         sum_flops: operations of the weighted sums.
         sum_bytes: what they read.
+        norm_seconds: of the norms on the device, by its rates for operands of their types.
+        sum_seconds: of the products that the weighted sums are made of.
     """
 
     units: int
@@ -47,6 +53,8 @@ class Rehearsal:
     choices: tuple[Choice, ...]
     sum_flops: float
     sum_bytes: float
+    norm_seconds: float
+    sum_seconds: float
 
     @property
     def peak(self) -> int:
@@ -120,7 +128,14 @@ def rehearse(workload: Workload, units: int, setting: Setting, device: Device) -
                 pass_.run(data, workload.rows_per_unit, meter)
     memory = {name: phase.at_peak for name, phase in meter.phases.items()}
     return Rehearsal(
-        units, memory, meter.counts, tuple(pass_.planner.explain()), pass_.sum_flops, pass_.sum_bytes
+        units,
+        memory,
+        meter.counts,
+        tuple(pass_.planner.explain()),
+        pass_.sum_flops,
+        pass_.sum_bytes,
+        sum(pass_.norm_seconds.values()),
+        pass_.sum_seconds,
     )
 
 
@@ -128,7 +143,7 @@ class _Pass:
     """The part of `DPStep` and `PrivateTrainer` that has a physical batch in it."""
 
     def __init__(self, built: Built, setting: Setting, device: Device) -> None:
-        self._built, self._setting = built, setting
+        self._built, self._setting, self._device = built, setting, device
         named = {n: p for n, p in built.module.named_parameters() if p.requires_grad}
         names, parameters = [*named], [*named.values()]
         # Who multiplies makes no difference to memory.
@@ -138,7 +153,15 @@ class _Pass:
         self._sums = _sums_of(parameters)
         self.state.start_pass = self._start
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
-        self.sum_flops = self.sum_bytes = 0.0
+        self.sum_flops = self.sum_bytes = self.sum_seconds = 0.0
+        # By position, as the planner's choices.
+        self.norm_seconds: dict[int, float] = {}
+
+    def note_sum(self, use: Use, products: int = 1) -> None:
+        """A weighted sum, made of so many products, or the forming of gradients in its place."""
+        flops = _sum_flops(use)
+        self.sum_flops += flops
+        self.sum_seconds += products * flops / self._device.sum_flops_of(use.evidence.dtype)
 
     def _start(
         self,
@@ -211,14 +234,18 @@ class _Telling(Planner):
 
     def __init__(self, told: _Pass, setting: Setting, names: list[str], device: Device) -> None:
         super().__init__(setting.perf, names, rates=device.norm_rates)
-        self._told = told
+        self._told, self._device = told, device
+
+    def _rates_of(self, evidence: Tensor) -> Rates:
+        return self._device.rates_of(evidence.dtype)
 
     def prepare(
         self, use: Use, layout: Layout, position: int, *, may_keep: bool = True
     ) -> tuple[Use, Layout]:
         found, own = super().prepare(use, layout, position, may_keep=may_keep)
+        self._told.norm_seconds[position] = seconds(self.choices[position], self._rates_of(use.evidence))
         if type(found) is not type(use):
-            self._told.sum_flops += _sum_cost(use)[0]
+            self._told.note_sum(use)
         return found, own
 
 
@@ -235,20 +262,30 @@ class _Counted(Contributions):
         super().finish()
 
     def _sum(self, item: Item, factors: Tensor, is_bad: Tensor, index: int) -> None:
-        flops, read = _sum_cost(item[1])
-        self._told.sum_flops += flops
-        self._told.sum_bytes += read
+        self._told.note_sum(item[1], _products(item[1], item[2]))
+        self._told.sum_bytes += _bytes_of(item[1])
         super()._sum(item, factors, is_bad, index)
 
 
-def _sum_cost(use: Use) -> tuple[float, float]:
-    """Operations of the weighted sum of a use, and bytes that it reads."""
-    read = float(sum(v.nbytes for v in vars(use).values() if isinstance(v, Tensor)))
+def _bytes_of(use: Use) -> float:
+    return float(sum(v.nbytes for v in vars(use).values() if isinstance(v, Tensor)))
+
+
+def _sum_flops(use: Use) -> float:
+    """Operations of the weighted sum of a use, as one product."""
     if isinstance(use, OuterUse | BlockOuterUse):
-        return 2.0 * use.activations.numel() * use.output_grads.shape[-1], read
+        return 2.0 * use.activations.numel() * use.output_grads.shape[-1]
     if isinstance(use, ConvUse):
-        return 2.0 * use.rows * use.shape.places * use.shape.numel, read
-    return read / 2.0, read
+        return 2.0 * use.rows * use.shape.places * use.shape.numel
+    return _bytes_of(use) / 2.0
+
+
+def _products(use: Use, layout: Layout) -> int:
+    """How many products of half precision the weighted sum of a use is made of."""
+    if not (isinstance(use, OuterUse) and use.is_half and place_of(use.evidence) == "cuda"):
+        return 1
+    # Rows of one weight are multiplied as they are.
+    return 1 if (layout.rows_per_unit or 0) >= _ONE_WEIGHT else use.terms
 
 
 def _sums_of(parameters: list[nn.Parameter]) -> FlatSums:

@@ -62,7 +62,8 @@ class Device:
         kind: "cpu" or "gpu": which kernels there are.
         memory: bytes.
         flops: floating-point operations a second that the network's products reach.
-        exact_flops: the same for products of fp32 that round no operand: norms and clipped sums.
+        exact_flops: the same for products of fp32 that round no operand: norms and clipped sums. (Those of operands of
+            half precision, which a GPU multiplies without error, are made at `flops`.)
         bandwidth: bytes a second to and from memory.
         link: bytes a second that one rank sends to the others.
         rates: of the norms, for the planner; None for `exact_flops` throughout.
@@ -98,11 +99,21 @@ class Device:
 
     @property
     def norm_rates(self) -> Rates:
-        """What the planner reckons with."""
+        """What the planner reckons with where operands are fp32."""
         if self.rates is not None:
             return self.rates
         flops = self.exact_flops
         return Rates(flops, flops, self.bandwidth, 0.0, flops)
+
+    def rates_of(self, dtype: torch.dtype) -> Rates:
+        """Of norms of operands of a type: a CPU takes all of them in fp32."""
+        if self.kind == "cpu" or dtype.itemsize != 2:
+            return self.norm_rates
+        return Rates(self.flops, self.flops, self.bandwidth, 0.0, self.flops)
+
+    def sum_flops_of(self, dtype: torch.dtype) -> float:
+        """Operations a second of clipped sums of operands of a type."""
+        return self.flops if self.kind == "gpu" and dtype.itemsize == 2 else self.exact_flops
 
 
 @dataclass(frozen=True)

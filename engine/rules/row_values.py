@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from synthward.engine.clipping import SMALLEST_NORMAL
-from synthward.kernels import diagonal_sq_norms
+from synthward.kernels import diagonal_sq_norms, place_of
 
 
 def measured_type(output_grads: Tensor) -> torch.dtype:
     """The type in which the operands of a product are measured and summed: on a GPU, which multiplies numbers of half
     precision without error and many times as fast, that of its output gradients; on a CPU fp32."""
     is_half = output_grads.is_floating_point() and output_grads.element_size() == 2
-    return output_grads.dtype if is_half and output_grads.is_cuda else torch.float32
+    return output_grads.dtype if is_half and place_of(output_grads) == "cuda" else torch.float32
 
 
 class Norms:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -25,8 +24,6 @@ from synthward.engine.rules.row_values import Weights as Weights
 from synthward.kernels import (
     EXACT_TERMS,
     diagonal_weighted_sum,
-    is_shape,
-    is_tracing,
     outer_norms,
     outer_sq_norms,
     outer_sum,
@@ -37,6 +34,7 @@ from synthward.kernels import (
     scatter_weighted_sum,
     sum_chain,
 )
+from synthward.kernels import place_of as _place
 
 # Up to so many rows a unit, inner products are taken pair by pair, in double precision.
 _SMALL_GRAM = 16
@@ -48,18 +46,9 @@ def _is_small(layout: Layout) -> bool:
     return layout.rows_per_unit is not None and layout.rows_per_unit <= _SMALL_GRAM
 
 
-# What tensors without numbers stand for, where a step is planned and not run (`synthward.engine.estimate`).
-planned_device: ContextVar[str] = ContextVar("planned_device", default="cpu")
-
-
 def is_compiled(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these."""
     return all(_place(t) == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-
-
-def _place(tensor: Tensor) -> str:
-    is_planned = is_shape(tensor) and not is_tracing()
-    return planned_device.get() if is_planned else tensor.device.type
 
 
 @dataclass(frozen=True)

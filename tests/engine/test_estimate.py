@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,13 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from synthward.engine import ClipSpec, KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer
+from synthward.engine import ClipSpec, KeySchedule, PerfSpec, PrivacyPlan, PrivateTrainer, planner
+from synthward.engine.contributions import Contributions
 from synthward.engine.errors import ConfigError, UnsupportedOperationError
 from synthward.engine.estimate import Built, Device, Setting, Workload, estimate, rehearse
 from synthward.engine.estimate.cost import memory_of
 from synthward.engine.estimate.rehearsal import shape_of
 from synthward.engine.rates import measured_rates
+from synthward.engine.rules import conv, linear, uses
+from synthward.kernels import _select, planned_device
+from synthward.kernels.conv import prefers_channels_last
 from synthward.run.decoder import decoder_workload, parse_decoder
 from tests.commandline import environment
 from tests.distributed.launch import run_ranks
@@ -25,16 +31,18 @@ HERE = Device.here()
 TINY = "layers=2,width=64,heads=4,vocab=96,times=32"
 
 
-def told(name: str, units: int, clipping: str, keep: str) -> int:
+def told(name: str, units: int, clipping: str, keep: str, precision: str = "fp32") -> int:
     """Bytes that the plan tells for one rank."""
     work = KINDS[name]()
-    setting = Setting(batch=units, clip=ClipSpec(1.0, clipping), perf=PerfSpec(keep=keep))
+    setting = Setting(
+        batch=units, clip=ClipSpec(1.0, clipping), perf=PerfSpec(keep=keep), precision=precision
+    )
     return memory_of(shape_of(work), setting, HERE, rehearse(work, units, setting, HERE)).total
 
 
-def used(name: str, units: int, clipping: str, keep: str) -> int:
+def used(name: str, units: int, clipping: str, keep: str, precision: str = "fp32") -> int:
     """Bytes that a process of its own uses for such steps."""
-    words = [sys.executable, "-m", "tests.engine.used_memory", name, str(units), clipping, keep]
+    words = [sys.executable, "-m", "tests.engine.used_memory", name, str(units), clipping, keep, precision]
     done = subprocess.run(
         words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600, env=environment()
     )
@@ -69,6 +77,19 @@ MORE_RUNS = [
 )
 def test_a_small_run_uses_what_was_told(name, units, clipping, keep):
     expected, found = told(name, units, clipping, keep), used(name, units, clipping, keep)
+    assert abs(expected - found) <= 0.15 * found, f"told {expected / 1e6:.1f} MB, used {found / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "keep"),
+    [
+        ("mlp", 1024, "full"),
+        ("decoder", 8, "full"),
+        pytest.param("decoder", 16, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_run_in_half_precision_uses_what_was_told(name, units, keep):
+    expected, found = (of(name, units, "flat", keep, "bf16") for of in (told, used))
     assert abs(expected - found) <= 0.15 * found, f"told {expected / 1e6:.1f} MB, used {found / 1e6:.1f} MB"
 
 
@@ -207,6 +228,139 @@ def test_half_precision_halves_what_the_network_keeps():
         for p in ("fp32", "bf16")
     )
     assert 0.4 < half.memory["activations"] / whole.memory["activations"] < 0.85
+
+
+def convolutions() -> Workload:
+    def build() -> Built:
+        layers = nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 8)
+        network = nn.Sequential(*layers)
+        return Built(network, lambda x: network(x).float().square().sum(1))
+
+    return Workload("convolutions", build, lambda units: (torch.ones(units, 4, 8, 8),))
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HALF = {
+    "mlp": KINDS["mlp"],
+    "decoder": lambda: decoder_workload(parse_decoder(TINY)),
+    "convolutions": convolutions,
+}
+
+
+@pytest.fixture
+def held(monkeypatch) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
+    """What waits for the clip: family, name, shape and type of each matrix."""
+    found: list[tuple[str, str, tuple[int, ...], torch.dtype]] = []
+    hold = Contributions._hold
+
+    def noted(self, group, items):
+        hold(self, group, items)
+        for _, use, _ in items:
+            parts = ((n, v) for n, v in vars(use).items() if isinstance(v, torch.Tensor))
+            family = type(use).__name__
+            if isinstance(use, conv.ConvUse) and use.shape.channels_last:
+                family = "ConvUse of channels last"
+            found.extend((family, n, tuple(v.shape), v.dtype) for n, v in parts)
+
+    monkeypatch.setattr(Contributions, "_hold", noted)
+    return found
+
+
+@pytest.mark.parametrize("keep", ["full", "bf16"])
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_what_waits_for_the_clip_in_half_precision_is_what_was_told(monkeypatch, held, name, keep, place):
+    """Of a real step, on a GPU's behalf with its choices: the same matrices, in the same types."""
+    work, plan = HALF[name](), PrivacyPlan(0.1, 1.0, 1.0, 10, 4.0, "flat")
+    device = HERE if place == "cpu" else replace(Device.gpu("bf16"), rates=HERE.norm_rates)
+    setting = Setting(batch=4, precision="bf16", perf=PerfSpec(keep=keep))
+    if place == "cuda":
+        # The planner's choices are of the same rates, and a GPU does not interpret its kernels.
+        monkeypatch.setattr(Device, "rates_of", lambda self, dtype: HERE.norm_rates)
+        monkeypatch.setattr(_select, "_triton_found", lambda: HAS_TRITON)
+    rehearse(work, 4, setting, device)
+    planned = held.copy()
+    held.clear()
+    if place == "cuda":
+        monkeypatch.setattr(uses, "_place", lambda tensor: "cuda")
+        monkeypatch.setattr(planner, "place_of", lambda tensor: "cuda")
+        for rule in (linear, conv):
+            monkeypatch.setattr(rule, "measured_type", lambda grads: grads.dtype)
+        monkeypatch.setattr(conv, "prefers_channels_last", as_on_a_gpu)
+    built, data = work.build(), work.data(4)
+    optimizer = torch.optim.Adam(built.module.parameters())
+    perf = PerfSpec(keep=keep)
+    trainer = PrivateTrainer(built.module, optimizer, plan, keys=KeySchedule.from_os(), perf=perf)
+    with torch.autocast("cpu", torch.bfloat16), trainer.capture():
+        losses = built.losses(*data)
+    trainer.backward(losses, rows_per_unit=work.rows_per_unit)
+    assert planned == held
+    products = {(family, dtype) for family, _, _, dtype in planned if family.startswith(("Outer", "Conv"))}
+    assert {dtype for _, dtype in products} == {
+        torch.float32 if (place, keep) == ("cpu", "full") else torch.bfloat16
+    }
+    has_moved = "ConvUse of channels last" in {family for family, _ in products}
+    assert has_moved == (name == "convolutions" and place == "cuda" and HAS_TRITON)
+
+
+def as_on_a_gpu(shape, images, grads) -> bool:
+    token = planned_device.set("cuda")
+    try:
+        with FakeTensorMode() as mode:
+            return prefers_channels_last(shape, mode.from_tensor(images), mode.from_tensor(grads))
+    finally:
+        planned_device.reset(token)
+
+
+def test_a_gpu_s_operands_of_half_precision_wait_as_they_are():
+    """The output gradients alone are new; a CPU copies both matrices of a layer to fp32."""
+    layers, width, units = 6, 256, 512
+
+    def build() -> Built:
+        network = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+        return Built(network, lambda x: network(x).float().square().sum(1))
+
+    work = Workload("layers", build, lambda n: (torch.zeros(n, width),))
+    setting = Setting(batch=units, precision="bf16")
+    on_cpu, on_gpu = (rehearse(work, units, setting, d).memory for d in (HERE, Device.gpu("bf16")))
+    matrix = units * width
+    assert on_cpu["gradients"] == pytest.approx(2 * layers * 4 * matrix, rel=0.1)
+    assert on_gpu["gradients"] == pytest.approx(layers * 2 * matrix, rel=0.02)
+    kept = replace(setting, perf=PerfSpec(keep="bf16"))
+    assert rehearse(work, units, kept, Device.gpu("bf16")).memory == on_gpu, "there is nothing to round"
+
+
+def test_a_gpu_s_norms_and_sums_of_half_precision_are_as_fast_as_its_network():
+    """But sums of rows of several weights, which are more products than one."""
+    device = Device.gpu("bf16")
+    work = decoder_workload(parse_decoder(TINY))
+    half = rehearse(work, 4, Setting(batch=4, precision="bf16"), device)
+    # Units of 32 rows: `half_sums="auto"` is two products.
+    assert half.sum_seconds == pytest.approx(2 * half.sum_flops / device.flops, rel=0.1)
+    long = rehearse(
+        decoder_workload(parse_decoder(TINY + ",times=64")), 4, Setting(batch=4, precision="bf16"), device
+    )
+    assert long.sum_seconds == pytest.approx(long.sum_flops / device.flops, rel=0.1)
+    whole = rehearse(work, 4, Setting(batch=4), device)
+    assert whole.sum_seconds == pytest.approx(whole.sum_flops / device.exact_flops)
+    assert half.norm_seconds < 0.5 * whole.norm_seconds
+    here = rehearse(work, 4, Setting(batch=4, precision="bf16"), HERE)
+    assert here.sum_seconds == pytest.approx(here.sum_flops / HERE.exact_flops)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "mention"),
+    [
+        ("cpu", "full", "in fp32, as a CPU measures it"),
+        ("gpu", "full", "in bf16 where the network multiplies in it"),
+        ("gpu", "bf16", "what waits for the clip is in bf16;"),
+    ],
+)
+def test_what_waits_is_told(kind, keep, mention):
+    device = HERE if kind == "cpu" else Device.gpu("bf16")
+    setting = Setting(batch=4, precision="bf16", perf=PerfSpec(keep=keep))
+    told = estimate(decoder_workload(parse_decoder(TINY)), setting, device).assumptions
+    assert sum(mention in line for line in told) == 1
 
 
 def test_a_layer_without_a_rule_is_refused_by_name():

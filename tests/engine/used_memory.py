@@ -1,6 +1,6 @@
 """What a training step really uses, in a process of its own, by the meter of benchmarks/worker.py.
 
-    python -m tests.engine.used_memory WORKLOAD UNITS CLIPPING KEEP
+    python -m tests.engine.used_memory WORKLOAD UNITS CLIPPING KEEP PRECISION
 
 Prints the peak of its memory over what it held before the network was built, in bytes.
 """
@@ -75,7 +75,9 @@ KINDS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def main(name: str, units: int, clipping: str, keep: str, parallel: str = "replicate") -> int:
+def main(
+    name: str, units: int, clipping: str, keep: str, parallel: str = "replicate", precision: str = "fp32"
+) -> int:
     """Two steps; returns the peak of memory."""
     import torch
 
@@ -99,7 +101,7 @@ def main(name: str, units: int, clipping: str, keep: str, parallel: str = "repli
     trainer = PrivateTrainer(built.module, optimizer, plan, keys=keys, perf=PerfSpec(keep=keep))
     mask = torch.ones(units, dtype=torch.bool)
     for _ in range(2):
-        with trainer.capture():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), trainer.capture():
             losses = built.losses(*data)
         trainer.backward(losses, rows_per_unit=work.rows_per_unit, unit_mask=mask)
         trainer.apply()
@@ -128,4 +130,4 @@ def _shared_part() -> int:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    print(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], precision=sys.argv[5]))

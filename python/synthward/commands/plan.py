@@ -65,7 +65,8 @@ def plan(
         float | None, typer.Option("--device-flops", help="TFLOP/s that the network's products reach.")
     ] = None,
     exact_flops: Annotated[
-        float | None, typer.Option("--exact-flops", help="TFLOP/s of fp32 products, for norms and sums.")
+        float | None,
+        typer.Option("--exact-flops", help="TFLOP/s of products of fp32, for norms and sums of it."),
     ] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s to and from memory.")] = None,
     link: Annotated[float | None, typer.Option("--link", help="GB/s from one rank to the others.")] = None,
