@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from synthward.engine.errors import PrivacyError, UnsupportedOperationError
+from synthward.engine.errors import CheckpointError, PrivacyError, UnsupportedOperationError
 from synthward.kernels import add_gaussian_noise_
-from tests.engine.recorded import NETS, ROUNDS, module_of, pair, record, trainer_of
+from tests.engine.recorded import NETS, ROUNDS, assert_same, module_of, pair, record, take, trainer_of
 
 KEY = bytes(range(32))
 
@@ -111,3 +111,130 @@ def test_a_recording_is_of_shapes_alone():
     entry.calls += 1
     run._record(entry, (torch.full((5, 3, 5), float("nan")),), torch.ones(5, dtype=torch.bool), 5)
     assert torch.equal(trainer._step.sums.flat, before)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "discrete"])
+def test_an_interrupted_replay_leaves_nothing_of_its_step(arithmetic):
+    """Nor of the physical batches before it: `apply` would release a part of a batch."""
+    make, batch = NETS["rows"]
+    trainer, _ = pair(make, arithmetic=arithmetic)
+    run = record(trainer)
+    for round_ in range(5):
+        run(batch(round_))
+    (entry,) = run._recorded.values()
+    graph = entry.run
+
+    def cut_short(*args: Tensor) -> None:
+        graph(*args)
+        raise KeyboardInterrupt
+
+    entry.run = cut_short
+    with pytest.raises(KeyboardInterrupt):
+        run(batch(5))
+    assert not trainer._step.sums.flat.any() and not trainer._step.has_sum
+    if trainer._step.discrete is not None:
+        assert trainer._step.discrete._units == trainer._step.discrete._rows == 0
+
+
+def test_a_step_of_replays_alone_is_under_way():
+    """Its sums have no noise yet, so they are in no checkpoint, and another step does not begin with them."""
+    make, batch = NETS["rows"]
+    trainer, _ = pair(make)
+    run = record(trainer)
+    for round_ in range(4):
+        run(batch(round_))
+        trainer.apply()
+    run(batch(4))
+    with pytest.raises(CheckpointError, match="under way"):
+        trainer.state_dict()
+    trainer._step.discard()
+    assert not trainer._step.sums.flat.any()
+
+
+def test_replays_count_for_the_grid_as_passes_do():
+    make, batch = NETS["many rows"]
+    plain, recorded = pair(make, arithmetic="discrete")
+    run = record(recorded)
+    for round_ in range(6):
+        take(plain, batch(round_))
+        run(batch(round_))
+    assert recorded._step.discrete._units == plain._step.discrete._units > 0
+    assert recorded._step.discrete._rows == plain._step.discrete._rows > 0
+
+
+def test_a_parameter_that_was_moved_after_the_recording_is_noticed():
+    make, batch = NETS["rows"]
+    trainer, _ = pair(make)
+    run = record(trainer)
+    for round_ in range(5):
+        run(batch(round_))
+        trainer.apply()
+    weight = module_of(trainer)[0].weight
+    weight.data = weight.data.clone()
+    with pytest.raises(PrivacyError, match="moved or replaced"):
+        run(batch(5))
+        trainer.apply()
+
+
+def test_a_parameter_that_was_frozen_or_replaced_after_the_recording_is_noticed():
+    make, batch = NETS["rows"]
+    for change, what in (
+        (lambda layer: layer.weight.requires_grad_(False), "was frozen"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(16, 4))), "became trainable"),
+    ):
+        trainer, _ = pair(make)
+        run = record(trainer)
+        for round_ in range(5):
+            run(batch(round_))
+            trainer.apply()
+        change(module_of(trainer)[0])
+        with pytest.raises(PrivacyError, match=what):
+            run(batch(5))
+            trainer.apply()
+
+
+def test_autocast_belongs_to_the_form():
+    make, batch = NETS["rows"]
+    plain, recorded = pair(make)
+    run = record(recorded)
+    for round_ in range(12):
+        with torch.autocast("cpu", torch.bfloat16, enabled=round_ % 3 == 2):
+            take(plain, batch(round_))
+            run(batch(round_))
+        assert_same(plain, recorded)
+        plain.apply()
+        recorded.apply()
+    assert len(run._recorded) == 2
+
+
+def test_a_recording_goes_on_from_a_checkpoint():
+    make, batch = NETS["mixed"]
+    plain, recorded = pair(make)
+    run, kept = record(recorded), {}
+    for round_ in range(10):
+        if round_ == 2:
+            kept = {id(trainer): trainer.state_dict() for trainer in (plain, recorded)}
+        if round_ == 6:
+            plain.load_state_dict(kept[id(plain)])
+            recorded.load_state_dict(kept[id(recorded)])
+        take(plain, batch(round_))
+        run(batch(round_))
+        assert_same(plain, recorded)
+        plain.apply()
+        recorded.apply()
+
+
+def test_two_recordings_and_a_pass_as_it_is_add_up_in_one_step():
+    make, batch = NETS["rows"]
+    plain, recorded = pair(make)
+    one, other = record(recorded), record(recorded)
+    for round_ in range(6):
+        masks = [torch.arange(5) % 2 == part for part in (0, 1)]
+        for part, who in ((0, one), (1, other)):
+            take(plain, batch(10 * round_ + part), masks[part])
+            who(batch(10 * round_ + part), unit_mask=masks[part])
+        take(plain, batch(1000 + round_))
+        take(recorded, batch(1000 + round_))
+        assert_same(plain, recorded)
+        plain.apply()
+        recorded.apply()
