@@ -38,6 +38,9 @@ _MARKS: dict[str, int | float] = {
     "place": 0,
     "bound": CLIP,
     "noise": NOISE,
+    "failed": 0,
+    "open": 0,
+    "dropped": 0,
 }
 
 
