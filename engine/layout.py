@@ -51,6 +51,7 @@ class Layout:
         self._device = device
         self._expanded: dict[int, Layout] = {1: self}
         self._row_units: Tensor | None = None
+        self._row_offsets: Tensor | None = None
         self._units: Layout | None = None
         self._ones: Tensor | None = None
 
@@ -121,9 +122,15 @@ class Layout:
     @property
     def row_offsets(self) -> Tensor:
         """The offsets, int64 [U + 1], also where each row is a unit."""
+        return self.offsets_on(self._device)
+
+    def offsets_on(self, device: torch.device | None) -> Tensor:
+        """`row_offsets`; where each row is a unit they are made on a device, once for all calls that ask."""
         if self.offsets is not None:
             return self.offsets
-        return torch.arange(self.num_rows + 1, device=self._device)
+        if self._row_offsets is None or (device is not None and self._row_offsets.device != device):
+            self._row_offsets = torch.arange(self.num_rows + 1, device=device)
+        return self._row_offsets
 
     @property
     def lengths(self) -> Length:

@@ -87,7 +87,7 @@ class ConvUse:
             self.shape,
             self.images,
             self.output_grads,
-            _offsets(layout, self.images.device),
+            layout.offsets_on(self.images.device),
             sq_norms,
             row_sums,
             order=layout.order,
@@ -100,7 +100,7 @@ class ConvUse:
         _add_channels_last(self.shape, total, out)
 
     def unit_grads(self, layout: Layout, first: int, last: int) -> Tensor:
-        offsets = _offsets(layout, self.images.device)
+        offsets = layout.offsets_on(self.images.device)
         begin, end = int(offsets[first]), int(offsets[last])
         index = layout.order[begin:end] if layout.order is not None else slice(begin, end)
         bounds = offsets[first : last + 1] - offsets[first]
@@ -135,7 +135,7 @@ class ConvUse:
 
     def materialise(self, layout: Layout) -> DiagonalUse:
         """The units' gradients as rows."""
-        offsets = _offsets(layout, self.images.device)
+        offsets = layout.offsets_on(self.images.device)
         grads = conv_unit_grads(self.shape, self.images, self.output_grads, offsets, order=layout.order)
         return ChannelsLastUse(grads, self.shape)
 
@@ -159,12 +159,6 @@ class ChannelsLastUse(DiagonalUse):
 def _add_channels_last(shape: ConvShape, total: Tensor, out: Tensor) -> None:
     """Add a gradient with its channels last to `out`, the weight's sum."""
     out.view(-1, shape.channels, shape.taps).add_(total.view(-1, shape.taps, shape.channels).mT)
-
-
-def _offsets(layout: Layout, device: torch.device) -> Tensor:
-    if layout.offsets is not None:
-        return layout.offsets
-    return torch.arange(layout.num_rows + 1, device=device)
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,7 @@ class OuterUse:
     def materialise(self, layout: Layout) -> DiagonalUse:
         """The units' gradients as rows."""
         a, g = layout.sort_rows(self.activations), layout.sort_rows(self.output_grads)
-        offsets = layout.offsets
-        if offsets is None:
-            offsets = torch.arange(layout.num_rows + 1, device=a.device)
-        return DiagonalUse(outer_unit_grads(a, g, offsets)[0])
+        return DiagonalUse(outer_unit_grads(a, g, layout.offsets_on(a.device))[0])
 
     def reorder(self, index: Tensor) -> OuterUse:
         return OuterUse(self.activations.index_select(0, index), self.output_grads.index_select(0, index))

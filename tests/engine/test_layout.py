@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from synthward.engine import Layout
+from synthward.engine import Layout, PerfSpec
 from synthward.engine.errors import ConfigError
+from synthward.engine.rules import conv
+from tests.engine.nets import make_trainer
 
 IDS = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
 
@@ -61,3 +64,35 @@ def test_offsets_that_are_none(offsets):
 def test_ids_that_are_none(ids):
     with pytest.raises(ConfigError):
         Layout.from_ids(ids)
+
+
+def test_offsets_of_single_rows_are_made_once():
+    layout = Layout.uniform(5, 1)
+    found = layout.offsets_on(torch.device("cpu"))
+    assert found.tolist() == [0, 1, 2, 3, 4, 5] and found.dtype == torch.int64
+    assert layout.offsets_on(torch.device("cpu")) is found and layout.row_offsets is found
+    elsewhere = layout.offsets_on(torch.device("meta"))
+    assert elsewhere.device.type == "meta" and layout.offsets_on(torch.device("meta")) is elsewhere
+    many = Layout.uniform(2, 3)
+    assert many.offsets_on(torch.device("meta")) is many.offsets, "they lie where the rows are"
+
+
+def test_convolutions_of_a_pass_share_their_offsets(monkeypatch):
+    """One for all layers, and for all passes over batches of one size."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten())
+    trainer = make_trainer(net, perf=PerfSpec(method="tile"))
+    found: list[torch.Tensor] = []
+    norms = conv.conv_norms
+
+    def noted(shape, images, grads, offsets, *sums, **options):
+        found.append(offsets)
+        norms(shape, images, grads, offsets, *sums, **options)
+
+    monkeypatch.setattr(conv, "conv_norms", noted)
+    x = torch.randn(4, 2, 6, 6)
+    for _ in range(2):
+        with trainer.capture():
+            losses = net(x).square().sum(1)
+        trainer.backward(losses, rows_per_unit=1)
+        trainer.apply()
+    assert len(found) == 4 and len({id(offsets) for offsets in found}) == 1
