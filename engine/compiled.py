@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from synthward.engine.errors import ConfigError
 from synthward.engine.fusing import fused
@@ -41,8 +41,9 @@ RunAsItIs = Callable[[Given], Tensor]
 
 @dataclass
 class _Recorded:
-    """What is known of batches of one form."""
+    """What is known of batches of one form. Whose numbers are in the form is held, so that no other object has them."""
 
+    held: list[object]
     calls: int = 0
     traced: TracedPass | None = None
     run: Run | None = None
@@ -57,11 +58,11 @@ class CompiledPass:
     """What `PrivateTrainer.compile` returns: called with a batch, it gives losses [U], detached, and adds the clipped
     gradients to the step, as `capture` and `backward` do.
 
-    The first two passes over batches of a form (shapes, strides, dtypes, device, autocast, training mode), and the 4th,
-    8th, 16th, ... are run as they are and looked at. The third is traced by its shapes; from then on the recorded
-    operations run, on a GPU as one CUDA graph from the second time on. What the losses compute in Python is that of the
-    trace. Where the module holds another tensor than was recorded (a buffer or an attribute was replaced, or its
-    memory), passes are counted and recorded anew.
+    The first two passes over batches of a form (shapes, strides, dtypes, device, autocast, training mode, the module's
+    layers and their hooks), and the 4th, 8th, 16th, ... are run as they are and looked at. The third is traced by its
+    shapes; from then on the recorded operations run, on a GPU as one CUDA graph from the second time on. What the
+    losses compute in Python is that of the trace. Where the module holds another tensor than was recorded (a buffer or
+    an attribute was replaced, or its memory), passes are counted and recorded anew.
 
     Guarantees: the same units, norms, factors and sums as of the pass that was traced, with all its checks; no noise
         is recorded: it comes with `apply`, once a step.
@@ -131,14 +132,16 @@ class CompiledPass:
 
     def _of(self, given: Given, units: int) -> _Recorded | None:
         device, module = self._step.flat.device.type, self._step.module
+        layers, parameters = list(module.modules()), list(module.parameters())
+        buffers = list(module.buffers())
         key = (
             units,
             # Strides, since what is contiguous is copied nowhere in a trace.
             tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in given.batch),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            tuple(layer.training for layer in module.modules()),
-            tuple((id(p), p.requires_grad) for p in module.parameters()),
-            tuple(map(id, module.buffers())),
+            tuple((id(layer), layer.training, *_hooks(layer)) for layer in layers),
+            tuple((id(p), p.requires_grad) for p in parameters),
+            tuple(map(id, buffers)),
         )
         if key not in self._recorded:
             if len(self._recorded) >= _MOST_SHAPES:
@@ -147,7 +150,7 @@ class CompiledPass:
                     "one shape"
                 )
                 return None
-            self._recorded[key] = _Recorded()
+            self._recorded[key] = _Recorded([*layers, *parameters, *buffers])
         return self._recorded[key]
 
     def _warn(self, what: str) -> None:
@@ -218,6 +221,17 @@ class CompiledPass:
         if self._fuse:
             constants = traced.constants
             recorded.run = fused(traced.graph, (*constants, step.sums.flat, mask, *inputs), len(constants))
+
+
+def _hooks(layer: nn.Module) -> Iterator[int]:
+    """Numbers of a layer's hooks, no two of which are alike."""
+    for hooks in (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    ):
+        yield from hooks
 
 
 def _has_graphs(device: torch.device) -> bool:

@@ -70,6 +70,13 @@ RECORDINGS = [
         (READS + "test_what_the_module_holds_is_read_as_it_is_now[moved-True]",),
     ),
     Mutant(
+        "hooks are no part of a form",
+        "engine/compiled.py",
+        "(id(layer), layer.training, *_hooks(layer))",
+        "(id(layer), layer.training)",
+        (READS + "test_layers_and_their_hooks_belong_to_the_form[a_hook]",),
+    ),
+    Mutant(
         "a trace reads numbers of the module",
         "engine/tracing.py",
         "if torch.Tag.data_dependent_output in func.tags:",

@@ -88,6 +88,23 @@ def test_a_frozen_parameter_whose_memory_was_replaced():
     assert_equal_rounds(NETS["frozen"][0], before)
 
 
+def other_layer(module: nn.Module) -> None:
+    module[1] = nn.Tanh()
+
+
+def a_hook(module: nn.Module) -> None:
+    module[1].register_forward_hook(lambda layer, given, out: 3.0 * out)
+
+
+def a_hook_before(module: nn.Module) -> None:
+    module[1].register_forward_pre_hook(lambda layer, given: 3.0 * given[0])
+
+
+@pytest.mark.parametrize("change", [other_layer, a_hook, a_hook_before])
+def test_layers_and_their_hooks_belong_to_the_form(change):
+    assert_equal_rounds(NETS["rows"][0], lambda module, round_: change(module) if round_ == 4 else None)
+
+
 def test_a_fixed_tensor_whose_memory_was_replaced():
     plain, recorded = pair(linear)
     scale = torch.ones(2)
