@@ -37,6 +37,8 @@ LossesOf = Callable[..., Tensor]
 # What is raised where Python asks for a number, or for a shape that follows from numbers.
 _LOOKS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _TAKES_NUMBERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# Its shape follows from numbers if its index is a mask.
+_INDEXED = {torch.ops.aten.index.Tensor}
 # Makes a tensor of a number that the traced Python wrote down.
 _FRESH = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
 # Which tensors a recording may read, by id: the tensor, and where the module has it.
@@ -204,10 +206,12 @@ class _Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in([*args, *kwargs.values()])):
+        tensors = list(tensors_in([*args, *kwargs.values()]))
+        if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
             if torch.Tag.data_dependent_output in func.tags:
                 raise DataDependentOutputException(func)
-            if torch.Tag.dynamic_output_shape in func.tags:
+            is_picked = func not in _INDEXED or any(tensor.dtype == torch.bool for tensor in tensors[1:])
+            if torch.Tag.dynamic_output_shape in func.tags and is_picked:
                 raise DynamicOutputShapeException(func)
             self._note_writes(func, args, kwargs)
         return func(*args, **kwargs)

@@ -188,6 +188,19 @@ def test_numbers_that_the_losses_write_down_are_no_batch():
         trainer.apply()
 
 
+def test_a_table_of_the_module_is_looked_up_by_numbers_of_the_batch():
+    class Table(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("table", torch.arange(12.0).view(3, 4))
+            self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.table[self.order][(x[:, 0] > 0).long()])
+
+    assert_equal_rounds(Table, lambda module, round_: None)
+
+
 class Counts(nn.Linear):
     """Writes a constant into a buffer in each pass."""
 
