@@ -375,6 +375,8 @@ class PrivateSession:
 
     def discard(self) -> None:
         """Drop what was accumulated in the step under way (as `zero_grad` does)."""
+        # Not found by the next forward pass, which would be one of a step that has failed.
+        self._close_interrupted(calls=1)
         self.core.discard(is_between=True)
         self._forget_seen()
 

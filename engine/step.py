@@ -74,7 +74,7 @@ class DPStep:
         self.state.mode = CaptureMode(self.state, HANDLERS, CHECKS, HINTS)
         self.flat.watch(self.state)
         self.has_sum = self.is_last_pass = False
-        #: Whether a pass of this step failed, so that what other ranks have of the step does not fit to this rank's.
+        #: Whether a pass of this step failed, so that units of it are missing here.
         self.is_broken = False
         #: Forward passes in training that no backward pass has ended.
         self.open: set[int] = set()
@@ -211,10 +211,14 @@ class DPStep:
             "number of dropped steps": self._dropped,
         }
         check_in_step(self.ranks, {**marks, **lost})
-        if self.is_broken and self.ranks.world_size > 1:
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """What failed because of one unit's rows would leave out other units."""
+        if self.is_broken:
             raise PrivacyError(
-                "a pass of this step failed and the loop went on; drop the step on all ranks (PrivateTrainer.discard, "
-                "zero_grad of the private optimizer) and begin it afresh"
+                "a pass of this step failed and the loop went on; drop the step, on all ranks where there are several "
+                "(PrivateTrainer.discard, zero_grad of the private optimizer), and begin it afresh"
             )
 
     @property
@@ -249,8 +253,11 @@ class DPStep:
         self.noise, self._grad_scale = noise, 1.0 / expected_batch_size
 
     def check_coverage(self) -> None:
-        """Every trainable parameter is tracked, in place, and has no gradient of its own; nobody waits for this."""
+        """Every trainable parameter is tracked, in place, and has no gradient of its own; nobody waits for this, and on
+        one process no pass of the step has failed."""
         self._check_awaited()
+        if self.ranks.world_size == 1:
+            self._check_whole()
         self.state.check_unspoilt()
         self.flat.check_unchanged(allow_frozen=False)
         self.flat.check_in_place()

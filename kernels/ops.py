@@ -1,9 +1,10 @@
 """The operations as torch custom ops, ``torch.ops.synthward.*``, so that `torch.compile` keeps its graph whole.
 
 Importing this module registers them. Each is the function of its name in `synthward.kernels` with the same shapes and
-errors, and these differences, which a schema asks for: every output is an argument that is written, optional ones too;
-only new tensors are returned; `backend` is any string; the noise key is a tensor. Noise and updates take no
-`correlation` and no `bias_variance`: a pass that the engine records ends before them, and noise in a trace is refused.
+errors, and these differences, which a schema asks for: every output is an argument that is written, optional ones too
+(None, never left out); only new tensors are returned; `backend` is any string; the noise key is a tensor. Noise and
+updates take no `correlation` and no `bias_variance`: a pass that the engine records ends before them, and noise in a
+trace is refused.
 
 The key is uint8 [32] in CPU memory and not bytes: a constant would be written into the compiled graph, and with it
 into the compiler's cache on disk. Nothing here has a derivative.
@@ -177,7 +178,7 @@ def outer_sum(
     output_grads: Tensor,
     row_weights: Tensor,
     out: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
     terms: int = 3,
     run: int | None = None,
     backend: str = "auto",

@@ -218,6 +218,7 @@ def test_losses_without_capture_are_refused():
     trainer = make_trainer(module)
     with pytest.raises(PrivacyError, match="capture"):
         trainer.backward(torch.zeros(3), rows_per_unit=1)
+    trainer.discard()
     trainer.backward(module(torch.randn(3, 5)).sum(1), rows_per_unit=1)
     with pytest.raises(PrivacyError, match="weight"):
         trainer.apply()
@@ -249,6 +250,9 @@ def test_an_error_leaves_nothing_of_the_batch_behind():
         losses = module(x).sum(1)
     with pytest.raises(UnsupportedOperationError):
         trainer.backward(losses.repeat(3), offsets=torch.arange(13))
+    with pytest.raises(PrivacyError, match="failed"):
+        trainer.apply()
+    trainer.discard()
     trainer.apply()
     assert np.array_equal(before, flat_parameters(module))
 

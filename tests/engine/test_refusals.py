@@ -202,6 +202,7 @@ def test_a_refusal_moves_nothing_and_leaves_nothing(name):
     trainer, before = make_trainer(net, max_grad_norm=0.1), flat_parameters(net)
     with pytest.raises(UnsupportedOperationError, match=r"'odd' in operation"):
         accumulate(trainer, net, x, [1] * 4)
+    trainer.discard()
     trainer.apply()
     assert np.array_equal(before, flat_parameters(net))
     accumulate(trainer, net, x[:, :2], [1] * 4)

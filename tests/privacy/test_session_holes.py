@@ -1,5 +1,5 @@
 """The user's own loop where records might be miscounted or mix unseen: outputs of many kinds, arguments that are
-not the batch, forward passes cut short, gates that open late, updates that fail."""
+not the batch, gates that open late, updates that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
 from synthward import PrivacyEngine
@@ -240,6 +239,7 @@ def test_arguments_that_disagree_are_not_guessed():
     x = records()
     with pytest.raises(ConfigError, match=r"1 \('0'\), 8 \('x'\)"):
         module(torch.ones(1), x=x)
+    optimizer.zero_grad()
     before = flat_parameters(module)
     with engine.units(torch.arange(ROWS)):
         (100 * module(torch.ones(1), x)).sum().backward()
@@ -298,75 +298,6 @@ def test_fewer_rows_than_were_drawn_are_no_step(feed):
     optimizer.zero_grad()
     module(x).sum().backward()
     optimizer.step()
-
-
-# forward passes cut short
-
-
-class Interrupted(Body):
-    """Ctrl-C in the middle of a forward pass."""
-
-    is_cut = False
-
-    def forward(self, x):
-        hidden = torch.tanh(self.first(x))
-        if self.is_cut:
-            raise KeyboardInterrupt
-        return self.head(hidden)
-
-    def cut(self, x):
-        self.is_cut = True
-        with pytest.raises(KeyboardInterrupt):
-            self(x)
-        self.is_cut = False
-
-
-def test_after_an_interrupt_rows_are_those_of_the_next_batch():
-    _, module, optimizer, _ = private(Interrupted(), poisson_sampling=False)
-    module.cut(records()[:1])
-    before, x = flat_parameters(module), records()[:4]
-    (100 * module(x)).sum().backward()
-    optimizer.step()
-    gradients = per_unit_gradients(Body(), lambda net, row: 100 * net(row.unsqueeze(0)).sum(), list(x))
-    np.testing.assert_allclose(before - flat_parameters(module), clipped_sum(gradients, 0.1), atol=3e-6)
-
-
-def test_after_an_interrupt_units_are_those_of_the_next_batch():
-    engine, module, optimizer, _ = private(Interrupted(), poisson_sampling=False)
-    with engine.units(torch.tensor([0, 1, 2, 3])):
-        module.cut(records()[:4])
-    before = flat_parameters(module)
-    with engine.units(torch.tensor([7, 7, 7, 7])):
-        (100 * module(records()[:1].expand(4, 4).contiguous())).sum().backward()
-    optimizer.step()
-    assert 0 < np.linalg.norm(before - flat_parameters(module)) <= 0.1
-
-
-def test_an_interrupt_ends_the_step_under_way(caplog):
-    """What was accumulated before is gone, and the mode of the capture is off, whatever lies above it."""
-    _, module, optimizer, _ = private(Interrupted(), poisson_sampling=False)
-    module(records()).sum().backward()
-    modes = _get_current_function_mode_stack()
-    module.cut(records())
-    assert len(_get_current_function_mode_stack()) == len(modes) + 1
-    with torch.device("cpu"):
-        module(records())
-        assert _get_current_function_mode_stack()[: len(modes)] == modes
-        assert len(_get_current_function_mode_stack()) == len(modes) + 1
-    assert _get_current_function_mode_stack() == modes
-    assert caplog.text.count("interrupted") == 1
-    before = flat_parameters(module)
-    optimizer.step()
-    assert np.array_equal(before, flat_parameters(module))
-
-
-def test_an_interrupt_and_then_a_step():
-    _, module, optimizer, _ = private(Interrupted(), poisson_sampling=False)
-    modes = _get_current_function_mode_stack()
-    module.cut(records())
-    before = flat_parameters(module)
-    optimizer.step()
-    assert np.array_equal(before, flat_parameters(module)) and _get_current_function_mode_stack() == modes
 
 
 def test_a_module_may_call_itself():
@@ -458,6 +389,7 @@ def test_a_draw_is_released_once_even_if_the_update_fails():
     with pytest.raises(PrivacyError, match="fresh batch"):
         module(x).sum().backward()
     assert optimizer.session.steps_done == sum(event.steps for event in engine.accountant.events) == 1
+    optimizer.zero_grad()
     (x,) = next(iter(loader))
     module(x).sum().backward()
     optimizer.step()
