@@ -192,7 +192,9 @@ def over(times: dict[str, list[float]], one: str, other: str) -> dict[str, float
     if not times.get(one) or not times.get(other):
         return None
     ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, _, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
+    )
     return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
@@ -235,7 +237,7 @@ def measure(model: str, variants: list[str], ranks: int, threads: int, options: 
 
 
 def _row(times: list[float], told: list[dict[str, Any]]) -> dict[str, Any]:
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
     row = {"seconds": statistics.median(times), "low": low, "high": high, "rounds": len(times)}
     row["peak_mb_of_ranks"] = [round(rank["peak_bytes"] / 1e6, 1) for rank in told]
     for name in ("pass_seconds", "apply_seconds"):

@@ -78,7 +78,7 @@ def measure(model: str, variants: list[str], seconds: float, rounds: int) -> dic
         found[variant] = {
             "seconds": statistics.median(taken),
             "ratio": statistics.median(ratios),
-            "ratio_quartiles": [statistics.quantiles(ratios, n=4)[i] for i in (0, 2)],
+            "ratio_quartiles": [statistics.quantiles(ratios, n=4, method="inclusive")[i] for i in (0, 2)],
             "rounds": len(taken),
             "peak_mb": peaks[variant] / 1e6,
             "peak_ratio": peaks[variant] / max(peaks[PLAIN], 1),

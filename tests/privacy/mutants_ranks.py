@@ -110,9 +110,9 @@ RANKS = [
     ),
     Mutant(
         "units are compared on no other rank",
-        "engine/session.py",
-        "everybody = ranks.gather(self._units_seen)",
-        "everybody = [self._units_seen]",
+        "engine/distributed/agreement.py",
+        "everybody = ranks.gather(units)",
+        "everybody = [units]",
         (OUT_OF_STEP + "test_a_unit_on_two_ranks_is_refused_where_ids_tell[replicas]",),
     ),
     Mutant(
@@ -132,7 +132,7 @@ RANKS = [
     Mutant(
         "frozen weights are each rank's own",
         "engine/flat.py",
-        "[self.data, *frozen, *module.buffers()]",
+        "[self.data, *self.untrained()]",
         "[self.data, *module.buffers()]",
         (OUT_OF_STEP + "test_what_is_not_trained_is_the_same_on_all_ranks",),
     ),
