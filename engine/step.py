@@ -107,7 +107,7 @@ class DPStep:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Around parts of a pass: if one fails, a step of several ranks waits until all have dropped it."""
+        """Around parts of a pass: if one fails, the step is refused until it was dropped, on all ranks."""
         try:
             yield
         except BaseException:

@@ -276,8 +276,8 @@ class PrivateTrainer:
         self._steps_done += 1
 
     def discard(self) -> None:
-        """Drop the logical step under way, which then begins afresh. All ranks call it: where a pass failed on one of
-        them, `apply` is refused until they have."""
+        """Drop the logical step under way, which then begins afresh: after a pass that failed, `apply` is refused until
+        this was called, on all ranks where there are several."""
         self._step.discard()
 
     def state_dict(self) -> dict[str, Tensor]:

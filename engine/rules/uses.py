@@ -28,13 +28,13 @@ from synthward.kernels import (
     outer_sq_norms,
     outer_sum,
     outer_unit_grads,
+    place_of,
     rank1_norms,
     rounding_of,
     scatter_sq_norms,
     scatter_weighted_sum,
     sum_chain,
 )
-from synthward.kernels import place_of as _place
 
 # Up to so many rows a unit, inner products are taken pair by pair, in double precision.
 _SMALL_GRAM = 16
@@ -48,7 +48,7 @@ def _is_small(layout: Layout) -> bool:
 
 def is_compiled(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these."""
-    return all(_place(t) == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return all(place_of(t) == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class OuterUse:
     def chain(self, layout: Layout) -> Length:
         a, g = self.activations, self.output_grads
         is_compiled_here = is_compiled(a, g)
-        if layout.is_single or (_is_small(layout) and _place(a) == "cpu"):
+        if layout.is_single or (_is_small(layout) and place_of(a) == "cpu"):
             return 1
         if self.is_formed and not _is_small(layout):
             return self._sum_chain(layout)
@@ -211,7 +211,7 @@ class OuterUse:
         """This use, added up as `PerfSpec.half_sums` says; before its norm is taken, which covers the rounding."""
         if not self.is_half or half_sums == "exact":
             return self
-        if half_sums == "auto" and _place(self.activations) != "cuda":
+        if half_sums == "auto" and place_of(self.activations) != "cuda":
             return self
         return replace(self, terms=1 if half_sums == "rounded" or layout.is_single else 2)
 

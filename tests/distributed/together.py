@@ -7,11 +7,14 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from tests.distributed.launch import RanksFailedError, run_ranks
+
+if TYPE_CHECKING:
+    import pytest
 
 Work = Mapping[str, tuple[str, tuple[Any, ...]]]
 
@@ -34,6 +37,14 @@ def on_ranks(world_size: int, work: Work, *, timeout: float = 120.0) -> Outcomes
         return Outcomes(run_ranks(world_size, "tests.distributed.together:each", dict(work), timeout=timeout))
     except RanksFailedError as error:
         return Lost(world_size, str(error))
+
+
+def wanted_on_ranks(
+    request: pytest.FixtureRequest, world_size: int, work: Work, *, timeout: float = 120.0
+) -> Outcomes | Lost | Asked:
+    """All pieces on one group, unless a few of a module's tests alone were asked for."""
+    wanted = [item for item in request.session.items if item.path == request.path]
+    return Asked(world_size, work) if len(wanted) <= 3 else on_ranks(world_size, work, timeout=timeout)
 
 
 class Outcomes:

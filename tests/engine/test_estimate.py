@@ -282,7 +282,7 @@ def test_what_waits_for_the_clip_in_half_precision_is_what_was_told(monkeypatch,
     planned = held.copy()
     held.clear()
     if place == "cuda":
-        monkeypatch.setattr(uses, "_place", lambda tensor: "cuda")
+        monkeypatch.setattr(uses, "place_of", lambda tensor: "cuda")
         monkeypatch.setattr(planner, "place_of", lambda tensor: "cuda")
         for rule in (linear, conv):
             monkeypatch.setattr(rule, "measured_type", lambda grads: grads.dtype)

@@ -34,7 +34,7 @@ def on_gpu(monkeypatch):
     from synthward.kernels._triton import INTERPRETED
 
     assert INTERPRETED
-    monkeypatch.setattr(uses, "_place", lambda tensor: "cuda")
+    monkeypatch.setattr(uses, "place_of", lambda tensor: "cuda")
     monkeypatch.setattr(layer_norm, "uses_triton", lambda *tensors: True)
     for rule in (linear, conv):
         if hasattr(rule, "measured_type"):

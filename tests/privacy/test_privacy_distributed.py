@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.launch import started
-from tests.distributed.together import Asked, Lost, Outcomes, on_ranks
+from tests.distributed.together import Asked, Lost, Outcomes, wanted_on_ranks
 from tests.oracles import clip_vector, clipped_sum, per_unit_gradients
 from tests.privacy import rank_scenes as scenes
 from tests.privacy.stats import assert_gaussian, assert_uncorrelated
@@ -87,12 +87,11 @@ def work_for(size: int, folder: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:
 @pytest.fixture(scope="module")
 def groups(request, tmp_path_factory):
     """All scenes on so many ranks, in one group; unless a few tests alone were asked for."""
-    here = [item for item in request.session.items if item.path == request.path]
 
     @cache
     def of(size: int) -> Outcomes | Lost | Asked:
         work = work_for(size, tmp_path_factory.mktemp(f"ranks{size}"))
-        return Asked(size, work) if len(here) <= 3 else on_ranks(size, work, timeout=240.0)
+        return wanted_on_ranks(request, size, work, timeout=240.0)
 
     return of
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.launch import run_ranks, started
-from tests.distributed.together import Asked, Lost, Outcomes, on_ranks
+from tests.distributed.together import Asked, Lost, Outcomes, wanted_on_ranks
 
 HOWS = ("replicas", "whole")
 # Calls that one rank makes wrongly, and what all are told.
@@ -56,10 +56,7 @@ def work(folder: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 @pytest.fixture(scope="module")
 def found(request, tmp_path_factory) -> Outcomes | Lost | Asked:
-    """All of it on two ranks, in one group, unless a few tests alone were asked for."""
-    here = [item for item in request.session.items if item.path == request.path]
-    todo = work(tmp_path_factory.mktemp("ranks"))
-    return Asked(2, todo) if len(here) <= 3 else on_ranks(2, todo)
+    return wanted_on_ranks(request, 2, work(tmp_path_factory.mktemp("ranks")))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
